@@ -1,0 +1,1 @@
+"""Headgate: backends behind nginx come online and go offline without losing one request."""

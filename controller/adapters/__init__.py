@@ -1,0 +1,1 @@
+"""One thin file for each part of the world: the only rooms that touch it."""

@@ -1,0 +1,1 @@
+"""The nginx language, pure: text in, values with file and line out. Files come through an injected reader."""

@@ -1,0 +1,183 @@
+"""What happened (an Event goes into `step`), and what is to be done (an Effect comes out of it)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controller.core.model import Admin, Change, ChangeKind, Master, Peer, StepName, Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The store was read at start: the peers and unfinished changes of an earlier life.
+
+    `away` is the time since it was last written. The deadlines of changes do not count it, for nobody could judge
+    them then. Warm-ups and quarantines do, unless the machine was `rebooted` and its clock began anew.
+    """
+
+    revision: int
+    next_change: int
+    next_epoch: int
+    peers: Mapping[tuple[str, str], Peer]
+    changes: Mapping[int, Change]
+    away: float = 0.0
+    rebooted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRead:
+    """nginx.conf and headgate.toml were read."""
+
+    upstreams: tuple[Upstream, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFailed:
+    """nginx.conf could not be read; the old model stays."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """One probe ended. `reason` is ok, refused, reset, timeout, tls, status, body or error; `detail` is a phrase."""
+
+    upstream: str
+    server: str
+    ok: bool
+    reason: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneSeen:
+    """nginx answered on its control socket (a status, or the acknowledgement of a table)."""
+
+    boot: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneLost:
+    """nginx did not answer, or refused the table."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSeen:
+    """A server's counters, read from nginx while it served `revision`."""
+
+    upstream: str
+    server: str
+    revision: int
+    in_flight: int
+    warm_epoch: int | None = None
+    warm_elapsed: float = 0.0
+    warm_started: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdminWished:
+    """An operator wants a server ready or under maintenance."""
+
+    upstream: str
+    server: str
+    admin: Admin
+    forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeWished:
+    """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once."""
+
+    kind: ChangeKind
+    upstream: str
+    servers: tuple[str, ...] = ()
+    batch: int = 1
+    forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step that an adapter ran is done. `gone` is the answer of `exit`; `master` that of `find`."""
+
+    change: int
+    step: int
+    detail: str = ""
+    master: Master | None = None
+    gone: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """A step that an adapter ran has failed; `message` has place and remedy."""
+
+    change: int
+    step: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+
+Event = (
+    Restored
+    | ConfigRead
+    | ConfigFailed
+    | ProbeResult
+    | PlaneSeen
+    | PlaneLost
+    | PeerSeen
+    | AdminWished
+    | ChangeWished
+    | StepDone
+    | StepFailed
+    | Ticked
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence for the event log: it serves log, store and page at once. `kind` is a stable word."""
+
+    kind: str
+    text: str
+    upstream: str = ""
+    server: str = ""
+    change: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Do this step through an adapter and report StepDone or StepFailed. Safe to repeat after a crash."""
+
+    change: int
+    step: int
+    name: StepName
+    upstream: str
+    server: str
+    master: Master | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeNow:
+    """Probe this server at once, from a clean slate."""
+
+    upstream: str
+    server: str
+
+
+Effect = Note | RunStep | ProbeNow
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step of the core gives back beside the state: effects, and the id of a change that was begun."""
+
+    effects: tuple[Effect, ...] = field(default_factory=tuple)
+    change: int | None = None

@@ -1,0 +1,172 @@
+"""step(state, event, now) -> (state, outcome): the whole of Headgate's behaviour as one function of values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controller.core import change, peers, table
+from controller.core.events import (
+    AdminWished,
+    ChangeWished,
+    ConfigFailed,
+    ConfigRead,
+    Effect,
+    Event,
+    Note,
+    Outcome,
+    PeerSeen,
+    PlaneLost,
+    PlaneSeen,
+    ProbeResult,
+    Restored,
+    StepDone,
+    StepFailed,
+    Ticked,
+)
+from controller.core.model import Admin, Change, Group, Peer, Plane, Quarantine, State, Step, Upstream, WarmUp
+
+
+def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
+    """The state after an event, and what is to be done about it. Raises Refused for a wish that cannot be granted.
+
+    Effects are ordered; each may be carried out after the state was stored, and again after a crash.
+    """
+    effects: list[Effect]
+    reading: PeerSeen | None = None
+    match event:
+        case ProbeResult():
+            before = state
+            state, effects = peers.probed(state, event, now)
+            if state is before:  # the usual case by far
+                return state, Outcome()
+        case PeerSeen():
+            state, effects, reading = peers.seen(state, event, now), [], event
+        case Ticked():
+            state, effects = peers.tick(state, now)
+        case PlaneSeen():
+            state, effects = _plane_seen(state, event)
+        case PlaneLost():
+            state, effects = _plane_lost(state, event)
+        case StepDone():
+            state, effects = change.finish(state, event, now), []
+        case StepFailed():
+            state, effects = change.fail(state, event, now), []
+        case ChangeWished():
+            return change.begin(state, event, now)
+        case AdminWished():
+            state, effects = _admin_wished(state, event, now)
+        case ConfigRead():
+            state, effects = _config_read(state, event)
+        case ConfigFailed():
+            state, effects = _config_failed(state, event)
+        case Restored():
+            state, effects = _restored(state, event), []
+    state, more = change.progress(state, now, reading)
+    return state, Outcome((*effects, *more))
+
+
+def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
+    before = state.plane
+    notes: list[Effect] = []
+    if before.boot and before.boot != event.boot:
+        notes.append(Note("plane", f"nginx was restarted; it serves revision {event.revision}"))
+    elif before.error:
+        notes.append(Note("plane", f"nginx answers; it serves revision {event.revision}"))
+    # Revisions go on from what nginx reports: a daemon that lost its store must not fall behind it.
+    if event.revision > state.revision:
+        state = change.renumber(replace(state, revision=event.revision + 1))
+    return replace(state, plane=Plane(event.boot, event.revision, "")), notes
+
+
+def _plane_lost(state: State, event: PlaneLost) -> tuple[State, list[Effect]]:
+    if state.plane.error == event.error:
+        return state, []
+    return replace(state, plane=replace(state.plane, error=event.error)), [Note("plane", event.error)]
+
+
+def _admin_wished(state: State, event: AdminWished, now: float) -> tuple[State, list[Effect]]:
+    group = change.group_of(state, event.upstream)
+    keys = change.resolve(group, (event.server,))
+    state, effects = change.claim(state, event.upstream, keys, False, now)
+    if event.admin is not Admin.READY and not event.forced:
+        change.refuse_emptying(group, keys)
+    for key in keys:
+        if state.groups[event.upstream].peers[key].admin is not event.admin:
+            state = peers.set_admin(state, event.upstream, key, event.admin, now)
+            effects.append(Note("admin", f"{event.upstream}: {key} is now {event.admin}", event.upstream, key))
+    return state, effects
+
+
+def _config_read(state: State, event: ConfigRead) -> tuple[State, list[Effect]]:
+    effects: list[Effect] = []
+    if state.config_error:
+        effects.append(Note("config", "the nginx configuration can be read again"))
+    first = not state.configured
+    groups = {upstream.name: _join(state, upstream) for upstream in event.upstreams}
+    for name, group in groups.items():
+        old = state.groups[name].peers if name in state.groups else {}
+        if not first:
+            for key in group.peers.keys() - old.keys():
+                effects.append(Note("config", f"{name}: {key} is new in nginx.conf", name, key))
+            for key in old.keys() - group.peers.keys():
+                effects.append(Note("config", f"{name}: {key} is gone from nginx.conf", name, key))
+    for name in state.groups.keys() - groups.keys():
+        effects.append(Note("config", f"upstream {name} is gone from nginx.conf, or has lost its hook", name))
+    state = replace(table.with_groups(state, groups), config_error="", configured=True, stored={})
+    return state, effects + (change.resume(state) if first else [])
+
+
+def _join(state: State, upstream: Upstream) -> Group:
+    """Configuration and living peers, joined by key.
+
+    A server that is not known is new, and serves when the probes say so; but where nothing at all is known of its
+    upstream, nginx has been sending to it before Headgate came, and goes on doing so.
+    """
+    if upstream.name in state.groups:
+        known = dict(state.groups[upstream.name].peers)
+    else:
+        known = {key: peer for (name, key), peer in state.stored.items() if name == upstream.name}
+    newcomer = Peer(incumbent=not known)
+    return Group(upstream, {server.key: known.get(server.key, newcomer) for server in upstream.servers})
+
+
+def _config_failed(state: State, event: ConfigFailed) -> tuple[State, list[Effect]]:
+    if state.config_error == event.error:
+        return state, []
+    return replace(state, config_error=event.error), [Note("config", f"the old configuration stays: {event.error}")]
+
+
+def _restored(state: State, event: Restored) -> State:
+    shift = event.away if event.rebooted else 0.0
+    return replace(
+        state,
+        revision=event.revision,
+        next_change=event.next_change,
+        next_epoch=event.next_epoch,
+        stored={name: _shift_peer(peer, shift) for name, peer in event.peers.items()},
+        changes={number: _shift_change(each, event.away) for number, each in event.changes.items()},
+    )
+
+
+def _shift_peer(peer: Peer, by: float) -> Peer:
+    return replace(
+        peer,
+        warm_up=_shift_warm_up(peer.warm_up, by),
+        quarantine=tuple(Quarantine(entry.until + by, entry.why) for entry in peer.quarantine),
+    )
+
+
+def _shift_warm_up(warm_up: WarmUp, by: float) -> WarmUp:
+    return replace(warm_up, since=warm_up.since + by)
+
+
+def _shift_change(each: Change, by: float) -> Change:
+    return replace(each, created=each.created + by, steps=tuple(_shift_step(s, by) for s in each.steps))
+
+
+def _shift_step(step: Step, by: float) -> Step:
+    return replace(
+        step,
+        started=None if step.started is None else step.started + by,
+        ended=None if step.ended is None else step.ended + by,
+    )

@@ -1,0 +1,281 @@
+"""What the runtime needs of the world, as protocols; adapters fulfil them, tests may fulfil them with fakes.
+
+Values that cross this border and their exceptions stand here; how they are obtained stands in controller/adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from controller.core.events import Note
+from controller.core.model import Change, Master, Peer, ProcessPolicy, Server, Upstream
+from controller.errors import HeadgateError
+
+
+class Clock(Protocol):
+    """Two clocks: one to reckon with, one to show to people."""
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch, for display only."""
+
+    def boot(self) -> str:
+        """An id that changes when the machine reboots, that is, when `now` starts afresh."""
+
+
+# --- data plane -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneStatus:
+    """What nginx said of itself: `boot` changes at a restart, `revision` is the table it serves (0: none)."""
+
+    boot: str
+    revision: int
+    workers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCounters:
+    """A server's counters over all workers; `requests` and `failures` count tries since nginx started."""
+
+    in_flight: int
+    requests: int
+    failures: int
+    warm_epoch: int | None = None
+    warm_elapsed: float = 0.0
+    warm_started: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Counters by upstream and server key, read while nginx served `revision`.
+
+    `native` counts, by upstream, requests in flight that nginx balanced by itself, before it had a table.
+    """
+
+    boot: str
+    revision: int
+    upstreams: Mapping[str, Mapping[str, PeerCounters]] = field(default_factory=dict)
+    native: Mapping[str, int] = field(default_factory=dict)
+
+
+class PlaneUnreachable(HeadgateError):
+    """nginx's control socket does not answer."""
+
+
+class PlaneRefused(HeadgateError):
+    """nginx refused a table. `revision` is what it serves, where it said so."""
+
+    def __init__(self, code: str, message: str, remedy: str, revision: int | None = None) -> None:
+        super().__init__(message, remedy)
+        self.code = code
+        self.revision = revision
+
+
+class DataPlane(Protocol):
+    """Where tables go and counters come from."""
+
+    async def status(self) -> PlaneStatus:
+        """Ask nginx for its boot id and revision; PlaneUnreachable."""
+
+    async def publish(self, table: Mapping[str, object]) -> PlaneStatus:
+        """Hand over a whole table and return when every new pick follows it; PlaneUnreachable, PlaneRefused."""
+
+    async def counters(self, upstream: str | None = None) -> Counters:
+        """Read the counters, of one upstream or of all; PlaneUnreachable."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+class ProcessError(HeadgateError):
+    """A process could not be found, verified, signalled or started."""
+
+
+class ProcessControl(Protocol):
+    """One server's process. Every call may be repeated after a crash of the daemon."""
+
+    async def find(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master | None:
+        """The verified master that serves this server, None where none runs; ProcessError: found, but not trusted."""
+
+    async def terminate(self, master: Master, policy: ProcessPolicy) -> None:
+        """Ask it to finish what it has and end (TERM, or the unit's stop). A master that is gone already is fine."""
+
+    async def wait_exit(self, master: Master, timeout: float) -> bool:
+        """Whether master and workers were gone within `timeout` seconds."""
+
+    async def kill(self, master: Master, policy: ProcessPolicy) -> tuple[int, ...]:
+        """KILL what is left of master and workers, each verified; the pids that were killed."""
+
+    async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
+        """Start it, unless it runs, and return its master once it listens; ProcessError with what it printed."""
+
+
+# --- probes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a probe does. `type` is http, https or tcp; seconds; `statuses` are inclusive ranges; `body` a substring.
+
+    `jitter` is the share of the interval by which each wait varies either way.
+    """
+
+    type: str = "http"
+    path: str = "/healthz"
+    host: str | None = None
+    port: int | None = None
+    interval: float = 2.0
+    timeout: float = 1.0
+    jitter: float = 0.05
+    statuses: tuple[tuple[int, int], ...] = ((200, 399),)
+    body: str | None = None
+    ca_file: str | None = None
+    server_name: str | None = None
+    verify: bool = True
+
+
+class Prober(Protocol):
+    """Keeps probing a set of targets and emits ProbeResult events."""
+
+    def set_targets(self, targets: Mapping[tuple[str, str], tuple[Server, Check]]) -> None:
+        """Probe exactly these, by (upstream, server key). Unchanged ones keep their rhythm; new ones start at once."""
+
+    def probe_now(self, upstream: str, server: str) -> None:
+        """Drop a probe under way, if any, and probe this target at once."""
+
+    async def close(self) -> None:
+        """Cancel everything and wait for it."""
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+class ConfigError(HeadgateError):
+    """nginx.conf could not be read; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class NginxConfig:
+    """What was read: the hooked upstreams with policies, and the names of those that have no hook."""
+
+    upstreams: tuple[Upstream, ...]
+    unhooked: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class ConfigSource(Protocol):
+    """nginx's own configuration."""
+
+    async def read(self) -> NginxConfig:
+        """Parse the files in a thread and resolve host names (one that fails keeps its last addresses); ConfigError."""
+
+    async def resolve_again(self) -> NginxConfig | None:
+        """The configuration as last read with host names resolved anew; None where nothing differs."""
+
+
+# --- store ------------------------------------------------------------------------------------------------------
+
+
+class StoreError(HeadgateError):
+    """The store cannot be read or written (full disk, permissions, corruption)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What an earlier life left: durable peers, all unfinished changes, counters. `now` and `boot` date it."""
+
+    now: float = 0.0
+    boot: str = ""
+    revision: int = 0
+    next_change: int = 1
+    next_epoch: int = 1
+    peers: Mapping[tuple[str, str], Peer] = field(default_factory=dict)
+    changes: Mapping[int, Change] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One transaction: what has changed since the last one. A peer of None has been forgotten."""
+
+    now: float
+    wall: float
+    boot: str
+    revision: int
+    next_change: int
+    next_epoch: int
+    peers: Mapping[tuple[str, str], Peer | None] = field(default_factory=dict)
+    changes: Mapping[int, Change] = field(default_factory=dict)
+    notes: Sequence[Note] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """A note as recorded; `id` grows, `at` is seconds since the epoch."""
+
+    id: int
+    at: float
+    kind: str
+    text: str
+    upstream: str = ""
+    server: str = ""
+    change: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step with times for people (seconds since the epoch)."""
+
+    name: str
+    server: str
+    batch: int
+    state: str
+    started_at: float | None
+    ended_at: float | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRecord:
+    """A change with times for people (seconds since the epoch)."""
+
+    id: int
+    kind: str
+    upstream: str
+    status: str
+    forced: bool
+    created_at: float
+    ended_at: float | None
+    error: str
+    steps: tuple[StepRecord, ...] = ()
+
+
+class Store(Protocol):
+    """Durable memory: SQLite on one host. One writer; every save is one transaction."""
+
+    async def load(self) -> Saved:
+        """What is there; StoreError."""
+
+    async def save(self, delta: Delta) -> tuple[EventRecord, ...]:
+        """Write one transaction and return the notes as recorded; StoreError, and then nothing of it is written."""
+
+    async def changes(self, limit: int = 50, before: int | None = None) -> tuple[ChangeRecord, ...]:
+        """The newest changes first, without steps."""
+
+    async def change(self, change: int) -> ChangeRecord | None:
+        """One change with its steps."""
+
+    async def events(self, after: int | None = None, limit: int = 200) -> tuple[EventRecord, ...]:
+        """Events with id > `after` in order; without `after` the newest `limit`, in order."""
+
+    async def close(self) -> None:
+        """Finish writing and close."""

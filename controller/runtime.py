@@ -1,0 +1,531 @@
+"""One task owns the State: it takes events, asks the core, stores what changed, and only then acts.
+
+What belongs here: the order of deciding, storing and acting, and the loops that turn the world into events.
+What to do is decided in controller/core; how it is done stands in controller/adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+
+import structlog
+
+from controller.core import change, table, warmup
+from controller.core.events import (
+    AdminWished,
+    ChangeWished,
+    ConfigFailed,
+    ConfigRead,
+    Effect,
+    Event,
+    Note,
+    Outcome,
+    PeerSeen,
+    PlaneLost,
+    PlaneSeen,
+    ProbeNow,
+    Restored,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Ticked,
+)
+from controller.core.model import Admin, Refused, State, StepName, StepState
+from controller.core.step import step
+from controller.errors import HeadgateError
+from controller.ports import (
+    Check,
+    Clock,
+    ConfigError,
+    ConfigSource,
+    Counters,
+    DataPlane,
+    Delta,
+    EventRecord,
+    NginxConfig,
+    PlaneRefused,
+    PlaneUnreachable,
+    Prober,
+    ProcessControl,
+    ProcessError,
+    Store,
+    StoreError,
+)
+
+log = structlog.get_logger("headgate")
+
+IDLE = 1.0  # seconds between two looks at nginx, and between two ticks, while nothing is going on
+BUSY = 0.1  # seconds between two ticks while a change runs
+DRAINING = 0.02  # seconds between two readings of the counters while a server empties
+RETRY = (0.05, 2.0)  # seconds to wait after a failure: first, and at most
+NOTES = 10_000  # events that are kept for recording while the store cannot be written
+STALLED = 5.0  # seconds without a turn of the task after which it counts as stuck
+
+
+@dataclass(slots=True)
+class _Asked:
+    """An event, and whoever waits for its outcome."""
+
+    event: Event
+    answer: asyncio.Future[Outcome] | None = None
+
+
+class Runtime:
+    """Headgate's life between `start` and `close`.
+
+    `state`, `counters`, `config` and `version` may be read at any time on the loop; only the task in here writes them.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        plane: DataPlane,
+        processes: ProcessControl,
+        prober: Callable[[Callable[[Event], None]], Prober],
+        source: ConfigSource,
+        store: Store,
+        check_for: Callable[[str], Check],
+        resolve_interval: float = 10.0,
+        data_plane: str = "lua",
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.state = State()
+        self.counters = Counters(boot="", revision=0)
+        self.config: NginxConfig | None = None
+        self.version = 0
+        self.clock = clock
+        self.store = store
+        self.data_plane = data_plane
+        self.store_error = ""
+        self._plane = plane
+        self._processes = processes
+        self._prober = prober(self.post)
+        self._source = source
+        self._check_for = check_for
+        self._resolve_interval = resolve_interval
+        self._on_turn = on_turn
+        self._queue: asyncio.Queue[_Asked] = asyncio.Queue()
+        self._turned = clock.now()
+        self._changed = asyncio.Event()
+        self._recorded = asyncio.Event()
+        self._stored = State()
+        self._notes: list[Note] = []  # not recorded yet
+        self._held: list[Effect] = []  # not carried out yet, since they are not recorded
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.failed = asyncio.Event()  # a task of ours has a defect: the daemon must end, and be started anew
+        self._closing = False
+        self._ticker: asyncio.TimerHandle | None = None
+        self._tick_at = 0.0
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Read store and configuration, look at nginx, and set everything going; StoreError.
+
+        A configuration that cannot be read is no reason not to start: it is shown, and taken up when it is mended.
+        """
+        saved = await self.store.load()
+        now = self.clock.now()
+        self.state, _ = step(
+            self.state,
+            Restored(
+                saved.revision,
+                saved.next_change,
+                saved.next_epoch,
+                saved.peers,
+                saved.changes,
+                away=now - saved.now,
+                rebooted=saved.boot != self.clock.boot(),
+            ),
+            now,
+        )
+        self._stored = self.state
+        await self._look_at_nginx()
+        await self.reread()
+        for loop in (self._decide(), self._publish(), self._watch_nginx(), self._watch_names()):
+            self._spawn(loop)
+        self._arm(0.0)
+
+    async def close(self) -> None:
+        """Stop deciding and let go of everything; traffic stays as it is, running changes go on in the next life."""
+        self.release()
+        if self._ticker:
+            self._ticker.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._prober.close()
+        await self._plane.close()
+        await self.store.close()
+
+    def release(self) -> None:
+        """Let everybody who waits go: the daemon stops."""
+        self._closing = True
+        self._recorded.set()
+        self._bump()
+
+    async def reread(self) -> None:
+        """Read nginx's configuration again."""
+        try:
+            config = await self._source.read()
+        except ConfigError as error:
+            self.post(ConfigFailed(str(error)))
+        else:
+            self._take_config(config)
+
+    # --- for callers ----------------------------------------------------------------------------------------------
+
+    def post(self, event: Event) -> None:
+        """Tell what happened; nobody waits for it."""
+        self._queue.put_nowait(_Asked(event))
+
+    async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
+        """Wish something, and return when it is decided and stored; Refused, StoreError (and then nothing changed)."""
+        asked = _Asked(event, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(asked)
+        assert asked.answer is not None
+        return await asked.answer
+
+    async def published(self, seconds: float) -> None:
+        """Return when nginx serves everything decided until now; PlaneUnreachable when it does not within `seconds`."""
+        revision = self.state.revision
+        deadline = self.clock.now() + seconds
+        while self.state.plane.error or self.state.plane.revision < revision:
+            left = deadline - self.clock.now()
+            if left <= 0 or self._closing:
+                raise PlaneUnreachable(
+                    f"recorded, but not yet published: {self.state.plane.error or 'nginx serves an older table'}",
+                    "it follows by itself as soon as nginx answers on its control socket",
+                )
+            await self.changed(self.version, left)
+
+    async def changed(self, after: int, seconds: float) -> int:
+        """The version, as soon as it differs from `after`, or after `seconds`, or when the daemon stops."""
+        if self.version == after and not self._closing:
+            changed = self._changed
+            try:
+                async with asyncio.timeout(seconds):
+                    await changed.wait()
+            except TimeoutError:
+                return self.version
+        return self.version
+
+    async def follow(self, after: int | None) -> AsyncIterator[EventRecord]:
+        """Recorded events with an id above `after` (None: from now on), then each as it is recorded, until we stop."""
+        if after is None:
+            newest = await self.store.events(limit=1)
+            after = newest[-1].id if newest else 0
+        while not self._closing:
+            recorded = self._recorded
+            for record in await self.store.events(after=after):
+                after = record.id
+                yield record
+            if recorded is self._recorded:
+                await recorded.wait()
+
+    def alive(self) -> bool:
+        """Whether the deciding task still turns."""
+        return self.clock.now() - self._turned < STALLED
+
+    def problems(self) -> list[str]:
+        """Why the daemon cannot do all of its work now; empty when it can."""
+        found = [self.state.config_error, self.state.plane.error, self.store_error]
+        if not self.state.configured and not self.state.config_error:
+            found.append("nginx.conf has not been read yet")
+        return [problem for problem in found if problem]
+
+    # --- deciding -------------------------------------------------------------------------------------------------
+
+    async def _decide(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            before = self.state
+            for asked in batch:
+                if asked.answer is None:
+                    self._take(asked.event)
+            self._show(before)
+            await self._save()
+            for asked in batch:
+                if asked.answer is not None:
+                    await self._grant(asked.event, asked.answer)
+            self._turned = self.clock.now()
+
+    def _take(self, event: Event) -> None:
+        self.state, outcome = step(self.state, event, self.clock.now())
+        self._queue_effects(outcome)
+        if isinstance(event, Ticked):
+            self._on_turn()
+            self._arm()
+
+    async def _grant(self, event: Event, answer: asyncio.Future[Outcome]) -> None:
+        """Decide a wish. What could not be recorded has not happened."""
+        before, notes, held = self.state, list(self._notes), list(self._held)
+        try:
+            self.state, outcome = step(before, event, self.clock.now())
+            self._queue_effects(outcome)
+            await self._save(strict=True)
+        except (Refused, StoreError) as refusal:
+            self.state, self._notes, self._held = before, notes, held
+            if not answer.cancelled():
+                answer.set_exception(refusal)
+            return
+        self._show(before)
+        self._arm(BUSY)
+        if not answer.cancelled():
+            answer.set_result(outcome)
+
+    def _queue_effects(self, outcome: Outcome) -> None:
+        for effect in outcome.effects:
+            if isinstance(effect, Note):
+                self._notes.append(effect)
+            else:
+                self._held.append(effect)
+
+    async def _save(self, strict: bool = False) -> None:
+        """Record what has changed, then carry out what waits for that.
+
+        While the store fails, health and publishing go on; wishes and steps of changes do not.
+        """
+        delta = self._delta()
+        if delta is not None:
+            state = self.state
+            try:
+                records = await self.store.save(delta)
+            except StoreError as error:
+                if str(error) != self.store_error:
+                    log.error("the store cannot be written", error=str(error))
+                self.store_error = str(error)
+                self._notes = self._notes[-NOTES:]
+                if strict:
+                    raise
+                return
+            self.store_error = ""
+            self._stored, self._notes = state, []
+            for record in records:
+                log.info(record.text, kind=record.kind, upstream=record.upstream, server=record.server)
+            if records:
+                self._recorded.set()
+                self._recorded = asyncio.Event()
+        held, self._held = self._held, []
+        for effect in held:
+            if isinstance(effect, RunStep):
+                self._spawn(self._run_step(effect))
+            elif isinstance(effect, ProbeNow):
+                self._prober.probe_now(effect.upstream, effect.server)
+
+    def _delta(self) -> Delta | None:
+        new, old = self.state, self._stored
+        if new is old and not self._notes and not self.store_error:
+            return None
+        peers = {
+            (name, key): peer
+            for name, group in new.groups.items()
+            if group is not old.groups.get(name)
+            for key, peer in group.peers.items()
+            if name not in old.groups or peer is not old.groups[name].peers.get(key)
+        }
+        gone = {
+            (name, key): None
+            for name, group in old.groups.items()
+            if group is not new.groups.get(name)
+            for key in group.peers
+            if name not in new.groups or key not in new.groups[name].peers
+        }
+        changes = {number: each for number, each in new.changes.items() if each is not old.changes.get(number)}
+        numbers = (new.revision, new.next_change, new.next_epoch)
+        same = numbers == (old.revision, old.next_change, old.next_epoch)
+        if same and not (peers or gone or changes or self._notes or self.store_error):
+            return None
+        return Delta(
+            self.clock.now(),
+            self.clock.wall(),
+            self.clock.boot(),
+            *numbers,
+            {**gone, **peers},
+            changes,
+            tuple(self._notes),
+        )
+
+    def _show(self, before: State) -> None:
+        """See that exactly the right servers are probed, and let everybody who waits look again."""
+        if self.state is before:
+            return
+        if self.state.groups is not before.groups:
+            self._prober.set_targets(
+                {
+                    (name, server.key): (server, self._check_for(name))
+                    for name, group in self.state.groups.items()
+                    for server in group.upstream.servers
+                    if group.peers[server.key].admin is not Admin.MAINT
+                }
+            )
+        self._bump()
+
+    def _bump(self) -> None:
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _arm(self, at_most: float | None = None) -> None:
+        """Set the next tick: soon while a change runs."""
+        wait = BUSY if change.running(self.state) else IDLE
+        wait = wait if at_most is None else min(wait, at_most)
+        loop = asyncio.get_running_loop()
+        if self._ticker and not self._ticker.cancelled() and loop.time() < self._tick_at <= loop.time() + wait:
+            return
+        if self._ticker:
+            self._ticker.cancel()
+        self._tick_at = loop.time() + wait
+        self._ticker = loop.call_at(self._tick_at, self.post, Ticked())
+
+    # --- acting ---------------------------------------------------------------------------------------------------
+
+    async def _run_step(self, job: RunStep) -> None:
+        """Carry out one step of a change and report; whatever goes wrong fails the step, with its reason."""
+        report: Event
+        try:
+            report = await self._act(job)
+        except HeadgateError as error:
+            report = StepFailed(job.change, job.step, str(error))
+        except Exception as error:
+            log.exception("a step failed unexpectedly", change=job.change, step=job.name, server=job.server)
+            report = StepFailed(job.change, job.step, f"unexpected: {error!r}")
+        self.post(report)
+
+    async def _act(self, job: RunStep) -> StepDone:
+        upstream = self.state.groups[job.upstream].upstream
+        server = next((s for s in upstream.servers if s.key == job.server), None)
+        policy = upstream.policy.process
+        if server is None or policy is None:
+            raise ProcessError(
+                f"{job.upstream}: {job.server} or its process settings are gone", "see `headgate status`"
+            )
+        name, master = job.name, job.master
+        if name is StepName.FIND:
+            found = await self._processes.find(upstream.name, server, policy)
+            text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
+            return StepDone(job.change, job.step, text, found)
+        if name is StepName.START:
+            started = await self._processes.start(upstream.name, server, policy)
+            return StepDone(job.change, job.step, f"master {started.pid} listens", started)
+        if master is None:
+            return StepDone(job.change, job.step, "no process was running")
+        if name is StepName.TERMINATE:
+            await self._processes.terminate(master, policy)
+            return StepDone(job.change, job.step, f"asked {master.unit or master.pid} to stop")
+        if name is StepName.EXIT:
+            limit = policy.graceful_timeout + policy.margin
+            gone = await self._processes.wait_exit(master, limit)
+            text = (
+                f"{master.pid} and its workers are gone" if gone else f"{master.pid} is still there after {limit:g} s"
+            )
+            return StepDone(job.change, job.step, text, gone=gone)
+        killed = await self._processes.kill(master, policy)
+        return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
+
+    async def _publish(self) -> None:
+        """Bring nginx to the newest table, whatever happened to the ones between."""
+        acknowledged: tuple[str, int] | None = None
+        wait = RETRY[0]
+        while True:
+            version, plane, wanted = self.version, self.state.plane, self.state.revision
+            served = plane.revision >= wanted or acknowledged == (plane.boot, wanted)
+            if plane.error or served or not self.state.configured:
+                await self.changed(version, 60.0)
+                continue
+            try:
+                status = await self._plane.publish(table.table(self.state, self.clock.now()))
+                self.post(PlaneSeen(status.boot, status.revision))
+                acknowledged, wait = (status.boot, status.revision), RETRY[0]
+            except PlaneUnreachable as error:
+                self.post(PlaneLost(str(error)))
+            except PlaneRefused as error:
+                log.error("nginx refused the table", error=str(error))
+                self.post(PlaneSeen(plane.boot, error.revision) if error.revision else PlaneLost(str(error)))
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, RETRY[1])
+
+    async def _watch_nginx(self) -> None:
+        """Read the counters: now and then, and often while a server empties."""
+        while True:
+            version = self.version
+            emptying = self._emptying()
+            await self._look_at_nginx(emptying)
+            if emptying:
+                await asyncio.sleep(DRAINING)
+            else:
+                await self._until_emptying(version)
+
+    async def _until_emptying(self, version: int) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + IDLE
+        while (left := end - loop.time()) > 0 and not self._emptying():
+            version = await self.changed(version, left)
+
+    async def _look_at_nginx(self, upstreams: tuple[str, ...] = ()) -> None:
+        try:
+            if len(upstreams) == 1:
+                counters = await self._plane.counters(upstreams[0])
+                self.counters = Counters(
+                    counters.boot,
+                    counters.revision,
+                    {**self.counters.upstreams, **counters.upstreams},
+                    {**self.counters.native, **counters.native},
+                )
+            else:
+                counters = self.counters = await self._plane.counters()
+        except (PlaneUnreachable, PlaneRefused) as error:
+            self.post(PlaneLost(str(error)))
+            return
+        plane = self.state.plane
+        if plane.error or (plane.boot, plane.revision) != (counters.boot, counters.revision):
+            self.post(PlaneSeen(counters.boot, counters.revision))
+        for name, group in self.state.groups.items():
+            for key, seen in counters.upstreams.get(name, {}).items():
+                peer = group.peers.get(key)
+                if peer and (peer.admin is Admin.DRAIN or warmup.active(peer.warm_up)):
+                    in_flight = seen.in_flight + counters.native.get(name, 0)
+                    warm = (seen.warm_epoch, seen.warm_elapsed, seen.warm_started)
+                    self.post(PeerSeen(name, key, counters.revision, in_flight, *warm))
+
+    def _emptying(self) -> tuple[str, ...]:
+        """The upstreams in which a change waits for requests in flight."""
+        return tuple(
+            {
+                each.upstream: None
+                for each in change.running(self.state)
+                for s in each.steps
+                if s.name is StepName.EMPTY and s.state is StepState.RUNNING
+            }
+        )
+
+    async def _watch_names(self) -> None:
+        """Follow the addresses of host names in `server` lines."""
+        while True:
+            await asyncio.sleep(self._resolve_interval)
+            config = await self._source.resolve_again()
+            if config is not None:
+                self._take_config(config)
+
+    def _take_config(self, config: NginxConfig) -> None:
+        if self.config is None or config.warnings != self.config.warnings:
+            for warning in config.warnings:
+                log.warning(warning)
+        self.config = config
+        self.post(ConfigRead(config.upstreams))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the daemon failed", exc_info=error)
+            self.failed.set()
