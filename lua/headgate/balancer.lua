@@ -1,0 +1,340 @@
+-- The hot path: what happens in a worker for every proxied request. Picks a server, counts it, releases it.
+--
+-- A pick is *choose, count, read the revision again*. The read goes through a shared dict, whose lock is a full
+-- memory barrier: either this worker sees the newer revision, takes its count back and chooses again, or whoever
+-- published that revision and then reads the counters sees this count. So a server that left the table or drains is
+-- free of requests when its count in flight is 0, on all workers, those of older configurations included, without any
+-- acknowledgement.
+--
+-- Tries are remembered by the address of the request and not in ngx.ctx, which an internal redirect (error_page,
+-- X-Accel-Redirect) clears.
+local ffi = require("ffi")
+local base = require("resty.core.base")
+require("resty.core.misc")
+require("resty.core.response")
+require("ngx.balancer")
+local native = require("headgate.native")
+local round_robin = require("headgate.methods.round_robin")
+local stats = require("headgate.stats")
+local store = require("headgate.store")
+local system = require("headgate.system")
+local table_format = require("headgate.table")
+
+-- resty.core declares it only inside a function of its own.
+ffi.cdef([[int headgate_response_status(ngx_http_request_t *r) __asm__("ngx_http_lua_ffi_get_resp_status");]])
+
+local C = ffi.C
+local intptr = ffi.typeof("intptr_t")
+local get_request = base.get_request
+local FFI_OK = base.FFI_OK
+local BEGUN, ENDED, FAILED = stats.BEGUN, stats.ENDED, stats.FAILED
+-- ngx_http_upstream_next() takes it for "no live upstreams": 502, no server touched, no error of Lua.
+local NO_LIVE_SERVER = -3
+local PEER_FAILED = 4
+-- A table would have to be published between two instructions that often in a row.
+local MAX_LOADS = 16
+
+local _M = {}
+
+local state = store.state
+local error_pointer, status_pointer = ffi.new("char *[1]"), ffi.new("int[1]")
+
+local counts           -- this worker's slot
+local loaded           -- the revision that `upstreams` holds, nil before the first
+local upstreams = {}
+local open = {}        -- request -> server that its present try is counted at
+local tried = {}       -- request -> {[key] = true}, from the second try on
+local tried_count = 0
+local children = {}    -- main request -> its subrequests, which end without a log phase
+local children_count = 0
+
+-- A generator of our own: seeding math.random would disturb the user's Lua code.
+local seed = 0
+local function random()
+  seed = (seed * 1664525 + 1013904223) % 4294967296
+  return seed / 4294967296
+end
+
+local function address_of(server)
+  if server.ip:find(":", 1, true) and not server.ip:find("^unix:") then
+    return "[" .. server.ip .. "]"
+  end
+  return server.ip
+end
+
+local function build(name, description, previous)
+  local upstream = { primaries = {}, backups = {}, waiting = {}, limited = false }
+  for _, described in ipairs(description.servers) do
+    if table_format.eligible(described.state, description.fail_open) then
+      local server = {
+        key = described.key,
+        address = address_of(described),
+        port = described.port,
+        weight = described.weight,
+        max_conns = described.max_conns,
+        cell = described.cell,
+        at = stats.cell_offset(described.cell),
+        ramp = described.ramp,
+      }
+      table.insert(described.backup and upstream.backups or upstream.primaries, server)
+      upstream.limited = upstream.limited or server.max_conns > 0
+      if server.ramp and server.ramp.waiting then
+        server.start_key = store.start_key(name, server.key, server.ramp.epoch)
+        table.insert(upstream.waiting, server)
+      end
+    end
+  end
+  upstream.primary = round_robin.new(upstream.primaries, previous and previous.primary, random)
+  upstream.backup = round_robin.new(upstream.backups, previous and previous.backup, random)
+  upstream.spare_tries = #upstream.primaries + #upstream.backups - 1
+  return upstream
+end
+
+local function load()
+  local blob = store.current()
+  local built = {}
+  for name, description in pairs(blob and blob.upstreams or {}) do
+    built[name] = build(name, description, upstreams[name])
+  end
+  upstreams, loaded = built, blob and blob.revision
+end
+
+local function refresh_waiting(upstream)
+  for i = #upstream.waiting, 1, -1 do
+    local server = upstream.waiting[i]
+    if store.start_if_due(server.ramp, server.start_key) then
+      server.start_key = nil
+      table.remove(upstream.waiting, i)
+    end
+  end
+end
+
+-- Brings the weights in `group` (primary or backup) up to date.
+local function reweigh(upstream, group, servers)
+  if #upstream.waiting > 0 then
+    refresh_waiting(upstream)
+  end
+  if round_robin.reweigh(upstream[group], system.monotonic()) then
+    for _, server in ipairs(servers) do
+      if server.ramp and not server.ramp.held then
+        server.ramp = nil
+      end
+    end
+    upstream[group] = round_robin.new(servers, upstream[group], random)
+  end
+end
+
+-- The keys that the request being served has tried, or nil; not an argument, since a closure would end the JIT's
+-- trace.
+local excluded
+
+local function is_refused(server)
+  return excluded and excluded[server.key]
+    or server.max_conns > 0 and stats.load(server.cell) >= server.max_conns
+end
+
+local function choose(upstream, keys)
+  if #upstream.primary.ramping > 0 then
+    reweigh(upstream, "primary", upstream.primaries)
+  end
+  if not keys and not upstream.limited then
+    local server = round_robin.pick(upstream.primary)
+    if server then
+      return server
+    end
+  end
+  if #upstream.backup.ramping > 0 then
+    reweigh(upstream, "backup", upstream.backups)
+  end
+  excluded = keys
+  return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
+end
+
+local function take_back(server)
+  counts[server.at + BEGUN] = counts[server.at + BEGUN] - 1
+end
+
+-- The server for the next try, counted; nil, true when nginx shall balance natively; nil, false when no server may be
+-- picked.
+local function pick(name, keys, request)
+  for _ = 1, MAX_LOADS do
+    local upstream = upstreams[name]
+    local server = upstream and choose(upstream, keys)
+    if server then
+      local at = server.at + BEGUN
+      counts[at] = counts[at] + 1
+    elseif not upstream then
+      native.enter(request, name)
+    end
+    if state:get("revision") == loaded then
+      if server and server.start_key then
+        store.note_start(server.start_key)
+      end
+      return server, not upstream, upstream
+    end
+    if server then
+      take_back(server)
+    end
+    load()
+  end
+  error("headgate: the table changed " .. MAX_LOADS .. " times during one pick")
+end
+
+-- Did the last try fail as nginx sees it: without a response header? `redirected`: a try before the present internal
+-- redirect. upstream_status and upstream_header_time list tries with commas, and groups of them, one for each
+-- redirect, with colons.
+local function last_try_failed(redirected)
+  local statuses, times = ngx.var.upstream_status, ngx.var.upstream_header_time
+  if not statuses or not times then
+    return false
+  end
+  if redirected then
+    statuses, times = statuses:match("^(.*) : "), times:match("^(.*) : ")
+    if not statuses or not times then
+      return false
+    end
+  end
+  local status = statuses:match("(%S+)$")
+  return (status == "502" or status == "504") and times:match("(%S+)$") == "-"
+end
+
+local function forget_tries(request)
+  if tried[request] then
+    tried[request] = nil
+    tried_count = tried_count - 1
+  end
+end
+
+local function release(request, server, failed)
+  open[request] = nil
+  counts[server.at + ENDED] = counts[server.at + ENDED] + 1
+  if failed then
+    counts[server.at + FAILED] = counts[server.at + FAILED] + 1
+  end
+end
+
+-- Ends the count of the try before this one. Returns the keys that this request has tried when nginx retries, nil
+-- when it starts anew.
+local function settle(request, pointer, server)
+  local failure = C.ngx_http_lua_ffi_balancer_get_last_failure(pointer, status_pointer, error_pointer)
+  if failure <= 0 then
+    release(request, server, last_try_failed(true))
+    forget_tries(request)
+    return nil
+  end
+  release(request, server, failure == PEER_FAILED)
+  local keys = tried[request]
+  if not keys then
+    keys = {}
+    tried[request] = keys
+    tried_count = tried_count + 1
+  end
+  keys[server.key] = true
+  return keys
+end
+
+-- Names a request and all its subrequests alike.
+local function family()
+  return ngx.var.connection .. ":" .. ngx.var.connection_requests
+end
+
+local function adopt_subrequest(request)
+  local name = family()
+  if not children[name] then
+    children[name] = {}
+    children_count = children_count + 1
+  end
+  table.insert(children[name], request)
+end
+
+local function release_subrequests()
+  local name = family()
+  for _, request in ipairs(children[name] or {}) do
+    if open[request] then
+      release(request, open[request], false)
+      forget_tries(request)
+    end
+    native.leave(request)
+  end
+  if children[name] then
+    children[name] = nil
+    children_count = children_count - 1
+  end
+end
+
+--- balancer_by_lua: sets the peer for a try at upstream `name`; sets none when the table does not know it, so that
+-- nginx balances over the block's own server lines.
+function _M.balance(name)
+  if not counts then
+    return
+  end
+  local pointer = get_request()
+  local request = tonumber(ffi.cast(intptr, pointer))
+  local before = open[request]
+  local keys
+  if before then
+    keys = settle(request, pointer, before)
+  end
+  local server, balanced_natively, upstream = pick(name, keys, request)
+  if balanced_natively then
+    if C.ngx_http_lua_ffi_is_subrequest(pointer) == 1 then
+      adopt_subrequest(request)
+    end
+    return
+  end
+  native.leave(request)
+  if not server then
+    return ngx.exit(NO_LIVE_SERVER)
+  end
+  local address = server.address
+  local set = C.ngx_http_lua_ffi_balancer_set_current_peer(pointer, address, #address, server.port, error_pointer)
+  if set ~= FFI_OK then
+    take_back(server)
+    error("headgate: upstream " .. name .. ", server " .. server.key .. ": " .. ffi.string(error_pointer[0]))
+  end
+  open[request] = server
+  if not keys then
+    if upstream.spare_tries > 0 then
+      C.ngx_http_lua_ffi_balancer_set_more_tries(pointer, upstream.spare_tries, error_pointer)
+    end
+    if C.ngx_http_lua_ffi_is_subrequest(pointer) == 1 then
+      adopt_subrequest(request)
+    end
+  end
+end
+
+--- log_by_lua: ends the count of the request's last try.
+function _M.log()
+  local pointer = get_request()
+  local request = tonumber(ffi.cast(intptr, pointer))
+  local server = open[request]
+  if server then
+    -- A response below 500 can hide a failed try only behind an internal redirect (error_page 502 =200 …).
+    local suspect = C.headgate_response_status(pointer) >= 500
+      or C.ngx_http_lua_ffi_req_is_internal(pointer) == 1
+    release(request, server, suspect and last_try_failed(false))
+  end
+  native.leave(request)
+  if tried_count > 0 then
+    forget_tries(request)
+  end
+  if children_count > 0 and C.ngx_http_lua_ffi_is_subrequest(pointer) == 0 then
+    release_subrequests()
+  end
+end
+
+--- init_worker_by_lua: a slot for this worker's counters, and the table, before the first request.
+function _M.start()
+  local pid = ngx.worker.pid()
+  native.start(pid)
+  seed = tonumber(system.random_hex(4), 16)
+  local why
+  counts, why = store.exclusive(function(seconds) system.pause(seconds * 1000) end, stats.claim, pid)
+  if not counts then
+    ngx.log(ngx.ERR, "headgate: worker ", pid, " balances natively, it got no slot of counters: ", why or "all taken")
+    return
+  end
+  load()
+end
+
+return _M

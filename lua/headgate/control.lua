@@ -1,0 +1,148 @@
+-- The control server: HTTP and JSON on a unix socket, for the Headgate daemon. Whole tables in, counters out;
+-- docs/data-plane.md describes every route and code.
+local cjson = require("cjson.safe")
+local native = require("headgate.native")
+local stats = require("headgate.stats")
+local store = require("headgate.store")
+local system = require("headgate.system")
+local table_format = require("headgate.table")
+local warm_up = require("headgate.warm_up")
+
+local _M = {}
+
+local function answer(status, body)
+  ngx.status = status
+  ngx.header.content_type = "application/json"
+  ngx.say(cjson.encode(body))
+  return ngx.exit(ngx.HTTP_OK)
+end
+
+local function refuse(status, code, message, remedy)
+  return answer(status, {
+    error = { code = code, message = message, remedy = remedy },
+    revision = store.revision() or 0,
+    boot = store.boot(),
+  })
+end
+
+local function body_text()
+  ngx.req.read_body()
+  local text = ngx.req.get_body_data()
+  if text then
+    return text
+  end
+  local path = ngx.req.get_body_file()
+  local file = path and io.open(path, "r")
+  if not file then
+    return ""
+  end
+  text = file:read("*a")
+  file:close()
+  return text
+end
+
+local function status_body()
+  return {
+    format = table_format.FORMAT,
+    boot = store.boot(),
+    revision = store.revision() or 0,
+    workers = stats.living().pids,
+  }
+end
+
+local function put_table()
+  local text = body_text()
+  local document, syntax = cjson.decode(text)
+  if document == nil then
+    return refuse(400, "invalid_json", "the body is not JSON: " .. syntax, "send one JSON object")
+  end
+  local wrong = table_format.validate(document)
+  if wrong then
+    return refuse(400, wrong.code, wrong.message, wrong.remedy)
+  end
+  local revision = document.revision
+  local done, why = store.exclusive(ngx.sleep, store.publish, document, ngx.md5(text))
+  if done then
+    return answer(200, status_body())
+  elseif why == "stale" then
+    local message = "revision " .. revision .. " is not newer than the current " .. store.revision()
+    return refuse(409, "stale_revision", message, "read the current revision and publish a greater one")
+  elseif why == "full" then
+    return refuse(507, "no_room", "the table does not fit into nginx's memory; the former one stays in force",
+      "enlarge lua_shared_dict headgate_table, or publish fewer servers (" .. stats.CELLS .. " at most)")
+  end
+  return refuse(503, "busy", "another table is being published", "publish again")
+end
+
+local function ramp_body(name, server, now)
+  local ramp = server.ramp
+  if not ramp then
+    return cjson.null
+  end
+  if ramp.waiting then
+    store.start_if_due(ramp, store.start_key(name, server.key, ramp.epoch))
+  end
+  local elapsed = math.min(warm_up.elapsed(ramp, now), ramp.duration)
+  return { epoch = ramp.epoch, elapsed_ms = elapsed * 1000, started = not ramp.waiting }
+end
+
+local function counters_body(only)
+  -- Revision and table are read before the counters: who reads revision N here sees every pick that used an older
+  -- table.
+  local blob = store.current() or { upstreams = {}, left = {} }
+  local living = stats.living()
+  local now = system.monotonic()
+  local upstreams, natives = {}, {}
+  local function add(name, server)
+    if only and only ~= name then
+      return
+    end
+    local requests, failures = stats.totals(server.cell)
+    upstreams[name] = upstreams[name] or {}
+    upstreams[name][server.key] = {
+      in_flight = stats.in_flight(server.cell, living.slots),
+      requests = requests - server.requests_before,
+      failures = failures - server.failures_before,
+      warm_up = ramp_body(name, server, now),
+    }
+  end
+  for name, upstream in pairs(blob.upstreams) do
+    for _, server in ipairs(upstream.servers) do
+      add(name, server)
+    end
+    natives[name] = (not only or only == name) and native.in_flight(name, living.pids) or nil
+  end
+  for _, entry in ipairs(blob.left) do
+    if stats.in_flight(entry.cell, living.slots) > 0 then
+      add(entry.upstream, entry)
+    end
+  end
+  return {
+    boot = store.boot(), revision = blob.revision or 0, workers = living.pids, upstreams = upstreams, native = natives,
+  }
+end
+
+local routes = {
+  ["/v1/table"] = { PUT = put_table },
+  ["/v1/status"] = { GET = function() return answer(200, status_body()) end },
+  ["/v1/counters"] = { GET = function()
+    local only = ngx.req.get_uri_args().upstream
+    return answer(200, counters_body(type(only) == "string" and only or nil))
+  end },
+}
+
+--- content_by_lua of the control server.
+function _M.serve()
+  local route = routes[ngx.var.uri]
+  if not route then
+    return refuse(404, "unknown_route", "there is no " .. ngx.var.uri, "use /v1/table, /v1/status or /v1/counters")
+  end
+  local handler = route[ngx.req.get_method()]
+  if not handler then
+    return refuse(405, "method_not_allowed", ngx.req.get_method() .. " does not apply to " .. ngx.var.uri,
+      "use " .. next(route))
+  end
+  return handler()
+end
+
+return _M

@@ -1,0 +1,168 @@
+-- PURE: smooth weighted round robin with fractional weights. No clock, no nginx, no shared memory.
+--
+-- nginx's algorithm: every server gains its weight at each pick, the largest sum is picked and pays the total of all
+-- weights. Here sums are kept in units of the total ("picks owed"): a server gains weight / total and the picked one
+-- pays 1. The sequence is nginx's; and since the unit does not depend on the weights, credits outlive any change of
+-- table or weight without scaling.
+--
+-- Servers of one weight gain alike, so the order among them changes only by paying: the payer becomes the last. They
+-- form a ring whose head is the best of them, and a pick compares heads only: O(number of different weights), not
+-- O(servers). This holds while the credits within a ring differ by 1 at most, which new() establishes and paying
+-- preserves.
+local warm_up = require("headgate.warm_up")
+
+local _M = {}
+
+local huge = math.huge
+
+local function by_credit(a, b)
+  if a.credit ~= b.credit then
+    return a.credit > b.credit
+  end
+  return a.position < b.position
+end
+
+local function new_ring(weight, entries)
+  table.sort(entries, by_credit)
+  local ring = { weight = weight, gained = 0, at = 1, size = #entries, servers = {}, credits = {} }
+  for i, entry in ipairs(entries) do
+    ring.servers[i] = entry.server
+    ring.credits[i] = math.max(entry.credit, entries[1].credit - 1)
+  end
+  return ring
+end
+
+--- The credits of `state` by server key, their mean being 0.
+function _M.credits(state)
+  local credits, sum, count = {}, 0, 0
+  for _, ring in ipairs(state.rings) do
+    for i, server in ipairs(ring.servers) do
+      local credit = ring.gained + ring.credits[i]
+      credits[server.key] = credit
+      sum, count = sum + credit, count + 1
+    end
+  end
+  for key, credit in pairs(credits) do
+    credits[key] = credit - sum / count
+  end
+  return credits
+end
+
+--- State for picking among `servers` ({key, weight, ramp or nil}; see warm_up.lua for ramps).
+-- `previous` is the state to go on from, or nil; `random` returns numbers in [0, 1). A server that was not in
+-- `previous` starts at a random phase of its cycle: it is not owed the past (no burst), and several workers do not
+-- pick it in step.
+function _M.new(servers, previous, random)
+  local credits = previous and _M.credits(previous) or {}
+  local state = { rings = {}, ramping = {}, fixed = 0, gain = 0, size = #servers }
+  local by_weight, order = {}, {}
+  for position, server in ipairs(servers) do
+    local entry = { server = server, position = position, credit = credits[server.key] or random() - 0.5 }
+    local ramp = server.ramp
+    if ramp and not ramp.held then
+      local ring = new_ring(0, { entry })
+      state.rings[#state.rings + 1] = ring
+      state.ramping[#state.ramping + 1] = ring
+    else
+      local weight = server.weight
+      if ramp then
+        weight = weight * warm_up.share(ramp.elapsed, ramp.duration, ramp.curve, ramp.floor)
+      end
+      if not by_weight[weight] then
+        by_weight[weight] = {}
+        order[#order + 1] = weight
+      end
+      table.insert(by_weight[weight], entry)
+      state.fixed = state.fixed + weight
+    end
+  end
+  for _, weight in ipairs(order) do
+    state.rings[#state.rings + 1] = new_ring(weight, by_weight[weight])
+  end
+  if #state.ramping == 0 then
+    state.gain = 1 / state.fixed
+  end
+  return state
+end
+
+--- Brings the weights of warming servers up to `now`; true when none of them warms any longer (build a new state
+-- then).
+function _M.reweigh(state, now)
+  local total, done = state.fixed, true
+  for _, ring in ipairs(state.ramping) do
+    local server = ring.servers[1]
+    local ramp = server.ramp
+    local elapsed = warm_up.elapsed(ramp, now)
+    ring.weight = server.weight * warm_up.share(elapsed, ramp.duration, ramp.curve, ramp.floor)
+    total = total + ring.weight
+    done = done and elapsed >= ramp.duration
+  end
+  state.gain = 1 / total
+  return done
+end
+
+--- The next server, or nil when there is none at all. Weights of warming servers are those of the last reweigh().
+function _M.pick(state)
+  local rings, gain = state.rings, state.gain
+  local best, top = nil, -huge
+  for i = 1, #rings do
+    local ring = rings[i]
+    local gained = ring.gained + ring.weight * gain
+    ring.gained = gained
+    local credit = gained + ring.credits[ring.at]
+    if credit > top then
+      best, top = ring, credit
+    end
+  end
+  if not best then
+    return nil
+  end
+  local at = best.at
+  best.credits[at] = best.credits[at] - 1
+  best.at = at < best.size and at + 1 or 1
+  return best.servers[at]
+end
+
+-- Index of the entry `distance` steps behind the ring's head.
+local function index(ring, distance)
+  return (ring.at - 1 + distance) % ring.size + 1
+end
+
+--- Like pick(), among the servers for which `refused(server)` is false; nil when all are refused.
+-- A refused server does not save up the turns that it missed.
+function _M.pick_except(state, refused)
+  local best, best_distance, top, passed = nil, nil, -huge, false
+  for _, ring in ipairs(state.rings) do
+    ring.gained = ring.gained + ring.weight * state.gain
+    for distance = 0, ring.size - 1 do
+      local at = index(ring, distance)
+      if refused(ring.servers[at]) then
+        passed = true
+      else
+        local credit = ring.gained + ring.credits[at]
+        if credit > top then
+          best, best_distance, top = ring, distance, credit
+        end
+        break
+      end
+    end
+  end
+  if not best then
+    return nil
+  end
+  for _, ring in ipairs(passed and state.rings or {}) do
+    for i = 1, ring.size do
+      ring.credits[i] = math.min(ring.credits[i], top - ring.gained)
+    end
+  end
+  local server = best.servers[index(best, best_distance)]
+  for distance = best_distance, 1, -1 do
+    local to, from = index(best, distance), index(best, distance - 1)
+    best.servers[to], best.credits[to] = best.servers[from], best.credits[from]
+  end
+  best.servers[best.at], best.credits[best.at] = server, top - best.gained - 1
+  best.at = index(best, 1)
+  return server
+end
+
+return _M

@@ -1,0 +1,228 @@
+-- The table that all workers share: published whole under a revision, in two shared dicts. `headgate_table` holds the
+-- blobs and may fill up; `headgate_state` holds the few small things that must always find room (revision, boot id,
+-- starts of ramps, lock).
+--
+-- A blob is the validated table, made ready for the workers: each server has its cell of counters (stats.lua) and its
+-- ramp (warm_up.lua) and the blob lists cells whose server has left the table.
+local cjson = require("cjson.safe")
+local stats = require("headgate.stats")
+local system = require("headgate.system")
+local table_format = require("headgate.table")
+local warm_up = require("headgate.warm_up")
+
+local _M = {}
+
+local blobs = ngx.shared.headgate_table
+local state = ngx.shared.headgate_state
+_M.state = state
+
+-- Longer than any critical section by far; it ends the lock of a worker that was killed inside.
+local LOCK_SECONDS = 5
+
+--- Runs `work(...)` while no other process runs one; `pause(seconds)` waits for a turn. Returns what `work` returns,
+-- or nil, "busy".
+function _M.exclusive(pause, work, ...)
+  local patience = system.monotonic() + 2 * LOCK_SECONDS
+  while not state:add("lock", ngx.worker.pid(), LOCK_SECONDS) do
+    if system.monotonic() > patience then
+      return nil, "busy"
+    end
+    pause(0.001)
+  end
+  local results = { pcall(work, ...) }
+  state:delete("lock")
+  if not results[1] then
+    error(results[2], 0)
+  end
+  return unpack(results, 2, 3)
+end
+
+--- The revision of the current table, nil without one.
+-- The dict's lock is a full memory barrier, which balancer.lua relies on.
+function _M.revision()
+  return state:get("revision")
+end
+
+--- The id of this nginx: made at its start, the same after reloads.
+function _M.boot()
+  return state:get("boot")
+end
+
+function _M.make_boot()
+  state:safe_add("boot", system.random_hex(16))
+end
+
+--- The current blob, decoded, or nil without one.
+function _M.current()
+  -- Between the two reads a newer table may replace this one and remove its blob.
+  for _ = 1, 100 do
+    local revision = state:get("revision")
+    if not revision then
+      return nil
+    end
+    local blob = blobs:get("table:" .. revision)
+    if blob then
+      return assert(cjson.decode(blob))
+    end
+  end
+  error("headgate: the table of the current revision is missing from the shared dict")
+end
+
+--- Key under which the moment of a waiting ramp's first request is kept.
+function _M.start_key(upstream, key, epoch)
+  return "start:" .. #upstream .. ":" .. upstream .. ":" .. key .. ":" .. epoch
+end
+
+--- Starts a ramp that waits, if its first request has come at any worker; true when it runs.
+function _M.start_if_due(ramp, start_key)
+  local moment = state:get(start_key)
+  if moment then
+    warm_up.start(ramp, moment)
+  end
+  return moment ~= nil
+end
+
+--- Notes the first request of a ramp that waits; the first worker to do so decides the moment.
+function _M.note_start(start_key)
+  state:safe_add(start_key, system.monotonic())
+end
+
+local function each_server(blob, visit)
+  for name, upstream in pairs(blob.upstreams) do
+    for _, server in ipairs(upstream.servers) do
+      visit(name, server)
+    end
+  end
+end
+
+local function index_of(name, key)
+  return #name .. ":" .. name .. ":" .. key
+end
+
+-- Gives every server of `new` a cell: its own from `old` (also when it had left and still has requests in flight),
+-- else a free one. A cell is freed when its server has left in an earlier table and nothing is in flight: the newer
+-- revision was read after every pick that used the older one, so none can come any more. Counts of a cell's former
+-- server are kept in `requests_before`, `failures_before`.
+local function assign_cells(new, old)
+  local living = stats.living().slots
+  local cells = {}
+  new.free, new.left, new.next_cell = old.free, {}, old.next_cell
+  for _, entry in ipairs(old.left) do
+    if stats.in_flight(entry.cell, living) == 0 then
+      table.insert(new.free, entry.cell)
+    else
+      cells[index_of(entry.upstream, entry.key)] = entry
+    end
+  end
+  each_server(old, function(name, server)
+    cells[index_of(name, server.key)] = {
+      upstream = name, key = server.key, cell = server.cell,
+      requests_before = server.requests_before, failures_before = server.failures_before,
+    }
+  end)
+  local full = false
+  each_server(new, function(name, server)
+    local index = index_of(name, server.key)
+    local entry = cells[index]
+    cells[index] = nil
+    if entry then
+      server.cell = entry.cell
+      server.requests_before, server.failures_before = entry.requests_before, entry.failures_before
+      return
+    end
+    server.cell = table.remove(new.free)
+    if not server.cell then
+      server.cell = new.next_cell
+      new.next_cell = new.next_cell + 1
+      full = full or server.cell >= stats.CELLS
+    end
+    if not full then
+      server.requests_before, server.failures_before = stats.totals(server.cell)
+    end
+  end)
+  for _, entry in pairs(cells) do
+    table.insert(new.left, entry)
+  end
+  return not full
+end
+
+local function assign_ramps(new, old, now)
+  local ramps, starts = {}, {}
+  each_server(old, function(name, server)
+    local ramp = server.ramp
+    if ramp then
+      ramps[index_of(name, server.key)] = ramp
+      if ramp.waiting then
+        local start_key = _M.start_key(name, server.key, ramp.epoch)
+        starts[start_key] = true
+        _M.start_if_due(ramp, start_key)
+      end
+    end
+  end)
+  each_server(new, function(name, server)
+    server.ramp = nil
+    if type(server.warm_up) == "table" then
+      server.ramp = warm_up.ramp(server.warm_up, ramps[index_of(name, server.key)], now)
+      if server.ramp.waiting then
+        starts[_M.start_key(name, server.key, server.ramp.epoch)] = nil
+      end
+    end
+    server.warm_up = nil
+  end)
+  return starts
+end
+
+--- Makes `document`, a valid table, the current one; `digest` names its text. The caller holds the lock, or is alone.
+-- Returns true, or nil and "stale" (not newer than the current one), "full" (no room; the old table stays).
+-- The very table that is current already is taken as published.
+function _M.publish(document, digest)
+  local old = _M.current() or { revision = 0, upstreams = {}, free = {}, left = {}, next_cell = 0 }
+  if document.revision == old.revision and digest == old.digest then
+    return true
+  end
+  if document.revision <= old.revision then
+    return nil, "stale"
+  end
+  document.digest = digest
+  if not assign_cells(document, old) then
+    return nil, "full"
+  end
+  local forgotten = assign_ramps(document, old, system.monotonic())
+  if not blobs:safe_set("table:" .. document.revision, assert(cjson.encode(document))) then
+    return nil, "full"
+  end
+  assert(state:safe_set("revision", document.revision))
+  blobs:delete("table:" .. old.revision)
+  for start_key in pairs(forgotten) do
+    state:delete(start_key)
+  end
+  return true
+end
+
+local ENOENT = 2
+
+--- Publishes the snapshot at `path`, the last table that was put: nginx balances as before its restart.
+-- True when it did or there is no such file; else nil and what is wrong.
+function _M.load_snapshot(path)
+  local file, reason, errno = io.open(path, "r")
+  if not file then
+    return errno == ENOENT or nil, reason
+  end
+  local text
+  text, reason = file:read("*a")
+  file:close()
+  if not text then
+    return nil, reason
+  end
+  local document, syntax = cjson.decode(text)
+  if document == nil then
+    return nil, syntax
+  end
+  local wrong = table_format.validate(document)
+  if wrong then
+    return nil, wrong.message .. "; " .. wrong.remedy
+  end
+  return _M.publish(document, ngx.md5(text))
+end
+
+return _M

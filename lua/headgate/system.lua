@@ -1,0 +1,114 @@
+-- What Headgate needs from the operating system, through FFI: a monotonic clock, memory shared by all workers,
+-- processes, the fate of a unix socket. Nothing about balancing belongs here.
+local ffi = require("ffi")
+local base = require("resty.core.base")
+
+-- Own names bound to the C symbols: another Lua library that declares the same function differently is not disturbed.
+ffi.cdef([[
+struct headgate_timespec { long seconds; long nanoseconds; };
+struct headgate_sockaddr { unsigned short family; char path[108]; };
+int headgate_clock_gettime(int clock, struct headgate_timespec *now) __asm__("clock_gettime");
+void *headgate_mmap(void *address, size_t length, int protection, int flags, int fd, long offset) __asm__("mmap");
+int headgate_socket(int domain, int kind, int protocol) __asm__("socket");
+int headgate_connect(int fd, const struct headgate_sockaddr *address, unsigned int length) __asm__("connect");
+int headgate_close(int fd) __asm__("close");
+int headgate_unlink(const char *path) __asm__("unlink");
+int headgate_poll(void *fds, unsigned long count, int milliseconds) __asm__("poll");
+extern uintptr_t ngx_test_config;
+]])
+
+local C = ffi.C
+local CLOCK_MONOTONIC = 1
+local PROT_READ_WRITE = 3
+local MAP_SHARED_ANONYMOUS_NORESERVE = 0x4021
+local AF_UNIX = 1
+local SOCK_STREAM_NONBLOCK = 0x801
+local ECONNREFUSED = 111
+
+local _M = {}
+
+local timespec = ffi.new("struct headgate_timespec")
+
+--- Seconds on the machine's monotonic clock: the same for every process, untouched by changes of the wall clock.
+function _M.monotonic()
+  C.headgate_clock_gettime(CLOCK_MONOTONIC, timespec)
+  return tonumber(timespec.seconds) + tonumber(timespec.nanoseconds) * 1e-9
+end
+
+--- Reserves `bytes` of zeroed memory that every process forked from this one shares; a page costs nothing until it is
+-- used. Returns its address as a number (user addresses are below 2^47, a double holds 2^53).
+function _M.share_memory(bytes)
+  local address = C.headgate_mmap(nil, bytes, PROT_READ_WRITE, MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
+  if ffi.cast("intptr_t", address) == -1 then
+    error("headgate: cannot reserve " .. bytes .. " bytes of shared memory (mmap errno " .. ffi.errno() .. ")")
+  end
+  return tonumber(ffi.cast("intptr_t", address))
+end
+
+--- When process `pid` started, in clock ticks since boot (proc(5), stat field 22); nil when there is no such process.
+-- A pid alone is re-used by the kernel; pid and start time together are not.
+function _M.start_time(pid)
+  local file = io.open("/proc/" .. pid .. "/stat", "r")
+  if not file then
+    return nil
+  end
+  local stat = file:read("*a")
+  file:close()
+  -- The command name, field 2, may hold spaces and brackets: fields are counted from its last bracket.
+  local state, rest = (stat or ""):match("^.*%)%s+(%S)%s+(.*)$")
+  if not state or state == "Z" or state == "X" then
+    return nil
+  end
+  local index = 3
+  for field in rest:gmatch("%S+") do
+    index = index + 1
+    if index == 22 then
+      return tonumber(field)
+    end
+  end
+end
+
+--- `bytes` random bytes in hexadecimal.
+function _M.random_hex(bytes)
+  local file = assert(io.open("/dev/urandom", "rb"))
+  local raw = file:read(bytes)
+  file:close()
+  return (raw:gsub(".", function(c) return string.format("%02x", c:byte()) end))
+end
+
+--- Blocks this process for some milliseconds; only for start-up code, where nginx cannot yield.
+function _M.pause(milliseconds)
+  C.headgate_poll(nil, 0, milliseconds)
+end
+
+--- True while this process is `nginx -t`, which must leave the disk as it is.
+function _M.is_configuration_test()
+  return C.ngx_test_config ~= 0
+end
+
+--- Removes the unix socket that a killed nginx left behind: nginx would refuse to start ("Address already in use").
+-- Only a refused connection proves that nobody listens; on success and on every other error the file is left alone.
+function _M.remove_stale_socket(path)
+  local address = ffi.new("struct headgate_sockaddr", { family = AF_UNIX })
+  if #path >= ffi.sizeof(address.path) then
+    return
+  end
+  ffi.copy(address.path, path)
+  local fd = C.headgate_socket(AF_UNIX, SOCK_STREAM_NONBLOCK, 0)
+  if fd < 0 then
+    return
+  end
+  local refused = C.headgate_connect(fd, address, ffi.sizeof(address)) ~= 0 and ffi.errno() == ECONNREFUSED
+  C.headgate_close(fd)
+  if refused then
+    C.headgate_unlink(path)
+  end
+end
+
+--- The address of the current request as a number: what names a request during its life.
+function _M.request_id()
+  local request = base.get_request()
+  return tonumber(ffi.cast("intptr_t", request)), request
+end
+
+return _M

@@ -1,0 +1,173 @@
+"""Start, reload, restart and crash of a real nginx with the data plane."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from controller.adapters.nginx.lua import LuaPlane
+from tests.lua.house import edge, server, table, warm_up
+from tests.support.nginx import MODULES, ROOT, Nginx, free_port, wait_until
+
+pytestmark = pytest.mark.usefixtures("lua_nginx")
+
+
+def files(directory: Path) -> set[Path]:
+    return {path for path in directory.rglob("*") if path.name != "error.log"}
+
+
+async def test_a_reload_keeps_table_counters_ramps_and_boot_id() -> None:
+    async with edge(2, workers=2) as app:
+        first, second = app.backends
+        ramp = warm_up(elapsed_ms=1000, starts="first-request")
+        await app.publish([server(first.port, warm_up=ramp), server(second.port, state="drain")])
+        await app.shares(6)
+        status, before = await app.plane.status(), await app.peer(first)
+        app.nginx.snapshot.unlink()
+        old = app.nginx.reload()
+        wait_until(lambda: not set(old) & set(app.nginx.workers()), "the old workers end")
+        assert set(await app.shares(6, one_shot=True)) == {first.port}
+        after = await app.peer(first)
+        assert ((await app.plane.status()).boot, after.requests) == (status.boot, 12)
+        assert before.warm_elapsed is not None
+        assert after.warm_elapsed is not None
+        assert after.warm_elapsed > before.warm_elapsed >= 1
+
+
+async def test_a_restarted_nginx_goes_on_from_the_snapshot_with_a_new_boot_id() -> None:
+    async with edge(2) as app:
+        first, second = app.backends
+        await app.publish([server(first.port, warm_up=warm_up(elapsed_ms=60_000)), server(second.port, state="drain")])
+        before = await app.plane.status()
+        app.nginx.stop()
+        app.nginx.start()
+        after = await app.plane.status()
+        assert (after.revision, after.boot != before.boot) == (1, True)
+        assert set(await app.shares(6)) == {first.port}
+        elapsed = (await app.peer(first)).warm_elapsed
+        assert elapsed is not None
+        assert 60 <= elapsed < 70
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format":2}', "directory", "unreadable"])
+async def test_a_snapshot_that_cannot_be_used_is_reported_and_nginx_balances_natively(content: str) -> None:
+    unprivileged = "nobody" if content == "unreadable" else None
+    if unprivileged and os.geteuid() != 0:
+        pytest.skip("needs root to run nginx as another user")
+    nginx = Nginx("", user=unprivileged)
+    if content == "directory":
+        nginx.snapshot.mkdir()
+    else:
+        nginx.snapshot.write_text(content)
+    if content == "unreadable":
+        nginx.snapshot.chmod(0)
+    with nginx:
+        async with LuaPlane(nginx.socket, nginx.snapshot) as plane:
+            assert (await plane.status()).revision == 0
+        (line,) = [line for line in nginx.errors() if "snapshot" in line]
+        assert "[error]" in line
+        assert str(nginx.snapshot) in line
+
+
+def test_nginx_starts_over_the_socket_that_a_killed_one_left() -> None:
+    nginx = Nginx("")
+    with nginx:
+        nginx.stop(signal.SIGKILL)
+        assert nginx.socket.exists()
+        nginx.start()
+        assert nginx.errors() == []
+
+
+def test_a_socket_that_somebody_listens_on_is_left_alone() -> None:
+    nginx = Nginx("")
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(nginx.socket))
+            listener.listen()
+            inode = nginx.socket.stat().st_ino
+            assert nginx.test().returncode == 0
+            with pytest.raises(RuntimeError, match="Address already in use"):
+                nginx.start()
+            assert nginx.socket.stat().st_ino == inode
+    finally:
+        nginx.close()
+
+
+def test_testing_a_configuration_changes_nothing_on_disk() -> None:
+    nginx = Nginx("")
+    try:
+        nginx.snapshot.write_text(json.dumps(table(1, [server(1)])))
+        before = files(nginx.prefix)
+        assert nginx.test().returncode == 0
+        # The pid file and the directories for temporary files are nginx's own doing.
+        assert files(nginx.prefix) - before <= {nginx.prefix / "nginx.pid", *(nginx.prefix / "temp").iterdir()}
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(nginx.socket))
+        inode = nginx.socket.stat().st_ino
+        assert nginx.test().returncode == 0
+        assert nginx.socket.stat().st_ino == inode
+    finally:
+        nginx.close()
+
+
+def test_testing_a_configuration_beside_a_running_nginx_disturbs_nothing() -> None:
+    with Nginx("") as nginx:
+        inode = nginx.socket.stat().st_ino
+        assert nginx.test().returncode == 0
+        assert nginx.socket.stat().st_ino == inode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to run nginx as another user")
+async def test_it_all_works_for_an_ordinary_user() -> None:
+    user = "nobody"
+    async with edge(1, user=user) as app:
+        await app.publish([server(app.backends[0].port)])
+        await app.shares(4, one_shot=True)
+        assert (await app.settled(app.backends[0])).requests == 4
+        assert {os.stat(f"/proc/{pid}").st_uid for pid in app.nginx.workers()} == {pwd.getpwnam(user).pw_uid}
+        app.nginx.stop(signal.SIGKILL)
+        app.nginx.snapshot.chmod(0o644)
+        app.nginx.start()
+        assert (await app.plane.status()).revision == 1
+
+
+def test_the_example_is_a_configuration_that_nginx_accepts(tmp_path: Path) -> None:
+    nginx = Nginx("")
+    try:
+        text = (ROOT / "nginx" / "example.conf").read_text()
+        include = nginx.prefix / "headgate.conf"
+        replaced = {
+            "/usr/share/headgate/nginx/headgate.conf": f'"{include}"',
+            "/etc/nginx/tls": str(tmp_path),
+            "/var/log/nginx": str(tmp_path),
+            "/run/nginx.pid": str(tmp_path / "nginx.pid"),
+            "/usr/lib/nginx/modules": str(MODULES),
+            "listen 80 ": f"listen 127.0.0.1:{free_port()} ",
+            "listen 443 ": f"listen 127.0.0.1:{free_port()} ",
+        }
+        for old, new in replaced.items():
+            assert old in text, f"the example does not mention {old}"
+            text = text.replace(old, new)
+        certificate(tmp_path)
+        (nginx.prefix / "nginx.conf").write_text(text)
+        done = nginx.test()
+        assert done.returncode == 0, done.stderr
+        assert "warn" not in done.stderr, done.stderr
+    finally:
+        nginx.close()
+
+
+def certificate(directory: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed (apt-get install openssl)")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=app.example"
+    files = ["-keyout", str(directory / "app.key"), "-out", str(directory / "app.crt")]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
