@@ -1,0 +1,168 @@
+"""Starting: attempts that can tell that they failed, say why, and take back what they started.
+
+Whether the server listens is not decided here but in process.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, Protocol
+
+from controller.adapters import procfs
+from controller.adapters.pidfd import Identity, readable, send, wait_gone
+from controller.adapters.systemd import Unit
+from controller.ports import ProcessError
+
+_MARK = "HEADGATE_START"
+_LINES, _BYTES = 20, 8192  # of output in an error
+# What systemd tells the daemon about itself would mislead a server that speaks to systemd too, as gunicorn does.
+_OURS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+class Attempt(Protocol):
+    """Something that has been started and is to listen soon."""
+
+    def ended(self) -> str | None:
+        """How it ended, in words, where that means that it cannot succeed by itself any more."""
+
+    async def wait(self, seconds: float) -> None:
+        """Wait so long, or until it ends."""
+
+    async def printed(self) -> str:
+        """The last lines that it printed."""
+
+    async def undo(self) -> None:
+        """End all that it started, and nothing else."""
+
+
+class UnitAttempt:
+    """A unit that systemd calls started."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+
+    @classmethod
+    async def begin(cls, unit: Unit, timeout: float) -> UnitAttempt:
+        """Start the unit; ProcessError, with its last log lines, and then it is stopped."""
+        attempt = cls(unit)
+        try:
+            await unit.start(timeout)
+        except ProcessError:
+            await attempt.undo()
+            raise
+        return attempt
+
+    def ended(self) -> str | None:
+        """A unit that was started and has no process now has ended, whatever its exit status."""
+        return f"stopped (unit {self._unit.name})"
+
+    async def wait(self, seconds: float) -> None:
+        """Wait so long."""
+        await asyncio.sleep(seconds)
+
+    async def printed(self) -> str:
+        """The unit's status and last log lines."""
+        return await self._unit.report()
+
+    async def undo(self) -> None:
+        """Queue the unit's stop, which also ends its automatic restarts."""
+        await self._unit.stop()
+
+
+class CommandAttempt:
+    """A command in a session of its own, which lives on when the daemon ends and is reaped while the daemon lives."""
+
+    def __init__(self, child: subprocess.Popen[bytes], output: BinaryIO, start: int, mark: str) -> None:
+        self._child = child
+        self._output = output
+        self._start = start
+        self._mark = f"{_MARK}={mark}".encode()
+        self._reaper = asyncio.ensure_future(self._reap())
+
+    @classmethod
+    async def begin(
+        cls, command: Sequence[str], directory: str | None, environment: Mapping[str, str], log: str | None
+    ) -> CommandAttempt:
+        """Run `command`, appending what it prints to `log`; ProcessError where it cannot be run at all."""
+        mark = secrets.token_hex(8)
+        inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
+        try:
+            # A file and not a pipe: a pipe would break when the daemon ends.
+            output: BinaryIO = open(log, "a+b", 0) if log else tempfile.TemporaryFile("a+b", 0)  # noqa: ASYNC230, SIM115
+        except OSError as error:
+            message = f"log {log or tempfile.gettempdir()}: {error.strerror}"
+            raise ProcessError(message, "create its directory, or correct log in headgate.toml") from error
+        start = output.tell()  # the child shares this position, so it is known only now
+        try:
+            child = subprocess.Popen(  # noqa: ASYNC220 - a child of asyncio's would be killed with the event loop
+                command,
+                cwd=directory,
+                env={**inherited, **environment, _MARK: mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except OSError as error:
+            output.close()
+            message = f"`{shlex.join(command)}` in {directory or os.getcwd()}: {error.strerror} ({error.filename})"
+            raise ProcessError(message, "correct start or directory in headgate.toml") from error
+        return cls(child, output, start, mark)
+
+    def ended(self) -> str | None:
+        """How it failed; None while it runs, and after exit status 0: it has gone into the background."""
+        code = self._child.returncode
+        if not code:
+            return None
+        return (
+            f"was killed by signal {-code} ({signal.strsignal(-code)})"
+            if code < 0
+            else f"ended with exit status {code}"
+        )
+
+    async def wait(self, seconds: float) -> None:
+        """Wait so long, or until it ends."""
+        if self._reaper.done():
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait([self._reaper], timeout=seconds)
+
+    async def printed(self) -> str:
+        """The last lines that it printed since it was started."""
+        size = os.fstat(self._output.fileno()).st_size
+        offset = max(self._start, size - _BYTES)
+        text = os.pread(self._output.fileno(), _BYTES, offset).decode(errors="replace")
+        return "\n".join(text.rstrip().splitlines()[-_LINES:])
+
+    async def undo(self) -> None:
+        """KILL its session, and what left it with our mark in its environment, as a daemonised gunicorn does."""
+        for _ in range(5):  # a member may fork while the others are killed
+            if not (members := await asyncio.to_thread(self._members)):
+                return
+            for member in members:
+                send(member, signal.SIGKILL)
+            await wait_gone(members, 1.0)
+
+    def _members(self) -> list[Identity]:
+        # Until the child is reaped its session's id cannot be another's.
+        session = self._child.pid if self._child.returncode is None else None
+        return [
+            (process.pid, process.created)
+            for process in procfs.table().values()
+            if process.session == session or self._mark in procfs.environment(process.pid)
+        ]
+
+    async def _reap(self) -> None:
+        descriptor = os.pidfd_open(self._child.pid)
+        try:
+            await readable(descriptor)
+        finally:
+            os.close(descriptor)
+        self._child.wait()
