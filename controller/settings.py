@@ -1,0 +1,407 @@
+"""headgate.toml: the schema with its defaults, the file, the environment; validated once, every error at once.
+
+What a key means to a decision stands with the core's policies; docs/settings.md lists every key for users.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from controller.core.model import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, RolloutPolicy, WarmUpPolicy
+from controller.errors import SettingsError
+from controller.ports import Check
+
+DEFAULT_FILE = "/etc/headgate/headgate.toml"
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _duration(value: object) -> object:
+    """Seconds of `2s`, `500ms`, `2m`, `1h` or a number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(ms|s|m|h|)", str(value))
+    if not match:
+        raise ValueError(f'{value!r} is no duration; write "2s", "500ms", "2m", "1h" or a number of seconds')
+    return float(match[1]) * {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _share(value: object) -> object:
+    """The fraction that `10%` or `0.1` is."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(%|)", str(value))
+    if not match or isinstance(value, bool):
+        raise ValueError(f'{value!r} is no percentage; write "10%" or 0.1')
+    share = float(match[1]) / (100 if match[2] else 1)
+    if share > 1:
+        raise ValueError(f'{value!r} is more than the whole; write "{match[1]}%" or at most 1.0')
+    return share
+
+
+def _statuses(value: object) -> object:
+    """Inclusive ranges of `[200, "300-399"]`."""
+    ranges = []
+    for each in value if isinstance(value, list) else [value]:
+        match = re.fullmatch(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?", str(each))
+        if not match or int(match[1]) > int(match[2] or match[1]):
+            raise ValueError(f'{each!r} is no HTTP status or range; write [200, "300-399"]')
+        ranges.append((int(match[1]), int(match[2] or match[1])))
+    return tuple(ranges)
+
+
+def _absolute(path: str) -> str:
+    if not os.path.isabs(path):
+        raise ValueError(f'{path!r} is not an absolute path; begin it with "/"')
+    return path
+
+
+def _template(text: str) -> str:
+    for name in re.findall(r"\{(\w*)\}", text):
+        if name not in ("upstream", "address", "host", "port"):
+            raise ValueError(
+                f"{{{name}}} is no placeholder; there are {{upstream}}, {{address}}, {{host}} and {{port}}"
+            )
+    return text
+
+
+def _readable(path: str) -> str:
+    if not os.access(_absolute(path), os.R_OK):
+        raise ValueError(f"{path!r} does not exist or cannot be read; create it or correct the path")
+    return path
+
+
+def _url_path(path: str) -> str:
+    if not re.fullmatch(r"/[!-~]*", path):
+        raise ValueError(f'{path!r} is no path of a URL; begin it with "/" and encode blanks')
+    return path
+
+
+def _one_line(text: str) -> str:
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError(f"{text!r} is no host name; take out blanks and control characters")
+    return text
+
+
+def _store(url: str) -> str:
+    if not url.startswith("sqlite:////"):
+        raise ValueError(f'{url!r} is no store; write "sqlite:///" and an absolute path, "{Store().url}"')
+    return url
+
+
+def _plane(value: object) -> object:
+    if value == "reload":
+        raise ValueError('"reload" is not there yet; write "lua" and load nginx\'s Lua module (libnginx-mod-http-lua)')
+    return value
+
+
+def _listen(value: str) -> str:
+    if value:
+        host, _, port = value.rpartition(":")
+        if not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+            raise ValueError(f'{value!r} is no address to listen on; write "127.0.0.1:9470", or "" for none')
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+PositiveDuration = Annotated[Duration, Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_share)]
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+Template = Annotated[str, AfterValidator(_template)]
+TemplatePath = Annotated[AbsolutePath, AfterValidator(_template)]
+ReadableFile = Annotated[str, AfterValidator(_readable)]
+HostName = Annotated[str, AfterValidator(_one_line)]
+
+# --- schema -----------------------------------------------------------------------------------------------------
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Nginx(_Table):
+    """[nginx]: which nginx this is, and how it is reached."""
+
+    conf: AbsolutePath = "/etc/nginx/nginx.conf"
+    data_plane: Annotated[Literal["lua"], BeforeValidator(_plane)] = "lua"
+    control: AbsolutePath = "/run/headgate/nginx.sock"
+    snapshot: AbsolutePath = "/var/lib/headgate/table.json"
+    resolve_interval: PositiveDuration = 10.0
+
+
+class Api(_Table):
+    """[api]: where the daemon answers."""
+
+    socket: AbsolutePath = "/run/headgate/api.sock"
+    listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:9470"
+    token_file: ReadableFile | None = None
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        host, _ = self.address or ("localhost", 0)
+        try:
+            loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback and self.token_file is None:
+            raise ValueError(f"{self.listen!r} is open to others; set token_file, or listen on 127.0.0.1")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host without brackets and port of `listen`, None where it is off."""
+        host, _, port = self.listen.rpartition(":")
+        return (host.strip("[]"), int(port)) if host else None
+
+
+class Store(_Table):
+    """[store]: where changes and events are remembered."""
+
+    url: Annotated[str, AfterValidator(_store)] = "sqlite:////var/lib/headgate/state.db"
+
+
+class Log(_Table):
+    """[log]: what the daemon writes to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+
+
+class CheckTable(_Table):
+    """[*.check]: how a server is probed, and how many results change the verdict."""
+
+    type: Literal["http", "https", "tcp"] = "http"
+    path: Annotated[str, AfterValidator(_url_path)] = "/healthz"
+    host: HostName | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    interval: Annotated[Duration, Field(ge=0.1)] = 2.0
+    timeout: PositiveDuration = 1.0
+    jitter: Annotated[Share, Field(le=0.5)] = 0.05
+    rise: Annotated[int, Field(ge=1)] = 2
+    fall: Annotated[int, Field(ge=1)] = 3
+    statuses: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_statuses), Field(min_length=1)] = ((200, 399),)
+    body: Annotated[str, Field(min_length=1)] | None = None
+    ca_file: ReadableFile | None = None
+    server_name: HostName | None = None
+    verify: bool = True
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        if self.timeout > self.interval:
+            raise ValueError(f"timeout ({self.timeout:g} s) is longer than interval ({self.interval:g} s); shorten it")
+        return self
+
+
+class WarmUpTable(_Table):
+    """[*.warm_up]: how a server that comes online gets its share."""
+
+    duration: Duration = 120.0
+    curve: Annotated[float, Field(gt=0, le=100, strict=False)] = 1.0
+    floor: Annotated[Share, Field(gt=0)] = 0.1
+    starts: Literal["first-request", "healthy"] = "first-request"
+
+
+class DrainTable(_Table):
+    """[*.drain]: how a server that goes offline is emptied."""
+
+    timeout: Duration = 30.0
+    on_timeout: Literal["abort", "proceed"] = "abort"
+    settle: Duration = 3.0
+
+
+class RolloutTable(_Table):
+    """[*.rollout]: when a rollout takes the next batch."""
+
+    ready_time: Duration = 0.0
+    up_timeout: PositiveDuration = 60.0
+
+
+class ProcessTable(_Table):
+    """[*.process]: how a server's process is found, stopped and started. Without it Headgate signals nothing."""
+
+    kind: Literal["gunicorn", "systemd"] = "gunicorn"
+    unit: Template | None = None
+    pid_file: TemplatePath | None = None
+    start: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    directory: TemplatePath | None = None
+    environment: dict[str, str] = {}
+    log: TemplatePath | None = None
+    graceful_timeout: Duration = 30.0
+    margin: Duration = 5.0
+    start_timeout: PositiveDuration = 30.0
+
+    @model_validator(mode="after")
+    def _has_unit(self) -> Self:
+        if self.kind == "systemd" and self.unit is None:
+            raise ValueError('kind = "systemd" needs a unit; write unit = "app@{port}.service"')
+        return self
+
+
+class Tables(_Table):
+    """[defaults] and [upstream.NAME]: everything that can differ from one upstream to the next."""
+
+    check: CheckTable = CheckTable()
+    warm_up: WarmUpTable = WarmUpTable()
+    drain: DrainTable = DrainTable()
+    rollout: RolloutTable = RolloutTable()
+    process: ProcessTable | None = None
+
+    def policy(self) -> Policy:
+        """These settings as the core takes them."""
+        return Policy(
+            health=HealthPolicy(self.check.rise, self.check.fall),
+            warm_up=WarmUpPolicy(**self.warm_up.model_dump()),
+            drain=DrainPolicy(**self.drain.model_dump()),
+            rollout=RolloutPolicy(**self.rollout.model_dump()),
+            process=ProcessPolicy(**self.process.model_dump()) if self.process else None,
+        )
+
+
+class Settings(_Table):
+    """headgate.toml as a whole. `upstream` holds each named upstream with the defaults joined in."""
+
+    nginx: Nginx = Nginx()
+    api: Api = Api()
+    store: Store = Store()
+    log: Log = Log()
+    defaults: Tables = Tables()
+    upstream: dict[str, Tables] = {}
+
+    def policy_for(self, upstream: str) -> Policy:
+        """What decisions about this upstream rest on."""
+        return self.upstream.get(upstream, self.defaults).policy()
+
+    def check_for(self, upstream: str) -> Check:
+        """How the servers of this upstream are probed."""
+        return Check(**self.upstream.get(upstream, self.defaults).check.model_dump(exclude={"rise", "fall"}))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def load(file: str | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings of `file`, else of the one that HEADGATE_CONFIG names, else of DEFAULT_FILE where it exists.
+
+    HEADGATE_<SECTION>__<KEY> in the environment goes before the file. SettingsError tells of everything that is wrong.
+    """
+    named = file or environ.get("HEADGATE_CONFIG")
+    path = named or DEFAULT_FILE
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if named:
+            raise SettingsError(f"{path}: no such file; create it, or leave it out for the defaults") from error
+        raw = {}
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}; correct the path or its permissions") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error}; correct the TOML there") from error
+    return build(raw, environ, path)
+
+
+def build(raw: Mapping[str, Any], environ: Mapping[str, str], source: str) -> Settings:
+    """Validate what was read from `source`, the environment joined in; SettingsError."""
+    merged = deepcopy(dict(raw))
+    variables = {}
+    for name, text in environ.items():
+        if name.startswith("HEADGATE_") and "__" in name:
+            key = tuple(name.removeprefix("HEADGATE_").lower().split("__"))
+            variables[key] = name
+            _set(merged, key, _value(text))
+    defaults = merged.get("defaults")
+    given = merged.get("upstream")
+    own = given if isinstance(given, dict) else {}
+    if own and isinstance(defaults, dict):
+        merged["upstream"] = {name: _joined(defaults, table) for name, table in own.items()}
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        lines = []
+        for each in error.errors():
+            loc = tuple(str(part) for part in each["loc"])
+            if not _inherited(loc, own):
+                variable = next((name for key, name in variables.items() if key[: len(loc)] == loc), None)
+                lines.append(f"{variable or source}: {'.'.join(loc)}: {_sentence(each, loc)}")
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _value(text: str) -> object:
+    """A variable's number, truth value or list as TOML writes it; everything else is text as it stands."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, int | float | list | dict) else text
+
+
+def _set(table: dict[str, Any], key: tuple[str, ...], value: object) -> None:
+    for part in key[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return  # not a table, which validation reports
+    table[key[-1]] = value
+
+
+def _joined(defaults: Mapping[str, Any], own: object) -> object:
+    """One upstream's tables over the defaults, key by key."""
+    if not isinstance(own, dict):
+        return own
+    joined = {**defaults, **own}
+    for name, table in own.items():
+        if isinstance(table, dict) and isinstance(defaults.get(name), dict):
+            joined[name] = {**defaults[name], **table}
+    return joined
+
+
+def _inherited(loc: tuple[str, ...], own: Mapping[str, Any]) -> bool:
+    """Whether this error of an upstream is one of the defaults, which is reported there."""
+    table: object = own.get(loc[1]) if loc[0] == "upstream" and len(loc) > 2 else None
+    for part in loc[2:4]:
+        if not isinstance(table, dict):
+            return False
+        if part not in table:
+            return True
+        table = table[part]
+    return False
+
+
+def _sentence(error: ErrorDetails, loc: tuple[str, ...]) -> str:
+    """What is wrong, and the remedy."""
+    match error["type"]:
+        case "extra_forbidden":
+            known = sorted(_model_at(loc[:-1]).model_fields)
+            near = difflib.get_close_matches(loc[-1], known, 1)
+            return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "model_type" | "dict_type":
+            return f"must be a table; write [{'.'.join(loc)}]"
+        case "literal_error":
+            return f"{error['input']!r} is not known; write {error['ctx']['expected']}"
+        case "string_type":
+            return "must be text; put it in quotes"
+        case "int_type":
+            return "must be a whole number; write it without quotes"
+        case "bool_type":
+            return "must be true or false; write it without quotes"
+        case "tuple_type":
+            return 'must be a list; write ["…", "…"]'
+        case _:
+            problem = error["msg"].removeprefix("Input should be ")
+            return f"{error['input']!r} does not fit; it should be {problem[:1].lower()}{problem[1:]}"
+
+
+def _model_at(loc: tuple[str, ...]) -> type[BaseModel]:
+    """The table of the schema that stands at this path."""
+    model: type[BaseModel] = Settings
+    for part in ("defaults", *loc[2:]) if loc[:1] == ("upstream",) else loc:
+        annotation = model.model_fields[part].annotation
+        model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type))
+    return model
