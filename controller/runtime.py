@@ -64,12 +64,21 @@ NOTES = 10_000  # events that are kept for recording while the store cannot be w
 STALLED = 5.0  # seconds without a turn of the task after which it counts as stuck
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
     """An event, and whoever waits for its outcome."""
 
     event: Event
     answer: asyncio.Future[Outcome] | None = None
+
+    def resolve(self, outcome: Outcome | Exception) -> None:
+        """Give the outcome to whoever still waits for it."""
+        if self.answer is None or self.answer.done():
+            return
+        if isinstance(outcome, Exception):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
 
 
 class Runtime:
@@ -116,7 +125,6 @@ class Runtime:
         self._held: list[Effect] = []  # not carried out yet, since they are not recorded
         self._tasks: set[asyncio.Task[None]] = set()
         self.failed = asyncio.Event()  # a task of ours has a defect: the daemon must end, and be started anew
-        self._closing = False
         self._ticker: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
 
@@ -151,7 +159,6 @@ class Runtime:
 
     async def close(self) -> None:
         """Stop deciding and let go of everything; traffic stays as it is, running changes go on in the next life."""
-        self.release()
         if self._ticker:
             self._ticker.cancel()
         for task in self._tasks:
@@ -160,12 +167,6 @@ class Runtime:
         await self._prober.close()
         await self._plane.close()
         await self.store.close()
-
-    def release(self) -> None:
-        """Let everybody who waits go: the daemon stops."""
-        self._closing = True
-        self._recorded.set()
-        self._bump()
 
     async def reread(self) -> None:
         """Read nginx's configuration again."""
@@ -184,10 +185,13 @@ class Runtime:
 
     async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
         """Wish something, and return when it is decided and stored; Refused, StoreError (and then nothing changed)."""
-        asked = _Asked(event, asyncio.get_running_loop().create_future())
-        self._queue.put_nowait(asked)
-        assert asked.answer is not None
-        return await asked.answer
+        return await self._tell(event)
+
+    async def _tell(self, event: Event) -> Outcome:
+        """Tell what happened, and return when the state follows it."""
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Asked(event, answer))
+        return await answer
 
     async def published(self, seconds: float) -> None:
         """Return when nginx serves everything decided until now; PlaneUnreachable when it does not within `seconds`."""
@@ -195,7 +199,7 @@ class Runtime:
         deadline = self.clock.now() + seconds
         while self.state.plane.error or self.state.plane.revision < revision:
             left = deadline - self.clock.now()
-            if left <= 0 or self._closing:
+            if left <= 0:
                 raise PlaneUnreachable(
                     f"recorded, but not yet published: {self.state.plane.error or 'nginx serves an older table'}",
                     "it follows by itself as soon as nginx answers on its control socket",
@@ -203,8 +207,8 @@ class Runtime:
             await self.changed(self.version, left)
 
     async def changed(self, after: int, seconds: float) -> int:
-        """The version, as soon as it differs from `after`, or after `seconds`, or when the daemon stops."""
-        if self.version == after and not self._closing:
+        """The version, as soon as it differs from `after`, or after `seconds`."""
+        if self.version == after:
             changed = self._changed
             try:
                 async with asyncio.timeout(seconds):
@@ -214,17 +218,17 @@ class Runtime:
         return self.version
 
     async def follow(self, after: int | None) -> AsyncIterator[EventRecord]:
-        """Recorded events with an id above `after` (None: from now on), then each as it is recorded, until we stop."""
+        """Recorded events with an id above `after` (None: from now on), then each as it is recorded."""
         if after is None:
             newest = await self.store.events(limit=1)
             after = newest[-1].id if newest else 0
-        while not self._closing:
+        while True:
             recorded = self._recorded
-            for record in await self.store.events(after=after):
-                after = record.id
-                yield record
-            if recorded is self._recorded:
-                await recorded.wait()
+            while page := await self.store.events(after=after):
+                for record in page:
+                    after = record.id
+                    yield record
+            await recorded.wait()
 
     def alive(self) -> bool:
         """Whether the deciding task still turns."""
@@ -244,40 +248,39 @@ class Runtime:
             batch = [await self._queue.get()]
             while not self._queue.empty():
                 batch.append(self._queue.get_nowait())
+            wishes = [asked for asked in batch if isinstance(asked.event, AdminWished | ChangeWished)]
             before = self.state
             for asked in batch:
-                if asked.answer is None:
-                    self._take(asked.event)
+                if asked not in wishes:
+                    self._take(asked)
             self._show(before)
             await self._save()
-            for asked in batch:
-                if asked.answer is not None:
-                    await self._grant(asked.event, asked.answer)
+            for asked in wishes:
+                await self._grant(asked)
             self._turned = self.clock.now()
 
-    def _take(self, event: Event) -> None:
-        self.state, outcome = step(self.state, event, self.clock.now())
+    def _take(self, asked: _Asked) -> None:
+        self.state, outcome = step(self.state, asked.event, self.clock.now())
         self._queue_effects(outcome)
-        if isinstance(event, Ticked):
+        if isinstance(asked.event, Ticked):
             self._on_turn()
             self._arm()
+        asked.resolve(outcome)
 
-    async def _grant(self, event: Event, answer: asyncio.Future[Outcome]) -> None:
+    async def _grant(self, asked: _Asked) -> None:
         """Decide a wish. What could not be recorded has not happened."""
         before, notes, held = self.state, list(self._notes), list(self._held)
         try:
-            self.state, outcome = step(before, event, self.clock.now())
+            self.state, outcome = step(before, asked.event, self.clock.now())
             self._queue_effects(outcome)
             await self._save(strict=True)
         except (Refused, StoreError) as refusal:
             self.state, self._notes, self._held = before, notes, held
-            if not answer.cancelled():
-                answer.set_exception(refusal)
+            asked.resolve(refusal)
             return
         self._show(before)
         self._arm(BUSY)
-        if not answer.cancelled():
-            answer.set_result(outcome)
+        asked.resolve(outcome)
 
     def _queue_effects(self, outcome: Outcome) -> None:
         for effect in outcome.effects:
@@ -430,23 +433,21 @@ class Runtime:
 
     async def _publish(self) -> None:
         """Bring nginx to the newest table, whatever happened to the ones between."""
-        acknowledged: tuple[str, int] | None = None
         wait = RETRY[0]
         while True:
-            version, plane, wanted = self.version, self.state.plane, self.state.revision
-            served = plane.revision >= wanted or acknowledged == (plane.boot, wanted)
-            if plane.error or served or not self.state.configured:
+            version, plane = self.version, self.state.plane
+            if plane.error or plane.revision >= self.state.revision or not self.state.configured:
                 await self.changed(version, 60.0)
                 continue
             try:
                 status = await self._plane.publish(table.table(self.state, self.clock.now()))
-                self.post(PlaneSeen(status.boot, status.revision))
-                acknowledged, wait = (status.boot, status.revision), RETRY[0]
+                await self._tell(PlaneSeen(status.boot, status.revision))
+                wait = RETRY[0]
             except PlaneUnreachable as error:
-                self.post(PlaneLost(str(error)))
+                await self._tell(PlaneLost(str(error)))
             except PlaneRefused as error:
                 log.error("nginx refused the table", error=str(error))
-                self.post(PlaneSeen(plane.boot, error.revision) if error.revision else PlaneLost(str(error)))
+                await self._tell(PlaneSeen(plane.boot, error.revision) if error.revision else PlaneLost(str(error)))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, RETRY[1])
 

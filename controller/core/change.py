@@ -83,7 +83,8 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
             f"add [upstream.{wish.upstream}.process] to headgate.toml, with a unit, a pid_file or a start command",
         )
     state, effects = claim(state, wish.upstream, keys, wish.kind is not ChangeKind.DRAIN, now)
-    size = max(1, wish.batch)
+    returning = StepName.START in STEPS[wish.kind]
+    size = max(1, wish.batch) if returning else len(keys)
     if StepName.DRAIN in STEPS[wish.kind] and not wish.forced:
         for at in range(0, len(keys), size):
             refuse_emptying(group, keys[at : at + size])

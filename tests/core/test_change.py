@@ -267,6 +267,20 @@ def test_a_batch_of_all_servers_is_refused() -> None:
         World().configure().wish(ChangeKind.ROLLOUT, batch=3)
 
 
+def test_stopping_every_server_is_refused_before_the_first_one_is_touched() -> None:
+    world = World().configure()
+    with pytest.raises(Refused, match="no other server"):
+        world.wish(ChangeKind.STOP, A, B, C)
+    assert world.state.changes == {}
+
+
+def test_several_servers_are_drained_together() -> None:
+    world = World(in_flight={A: 1}).configure()
+    number = world.wish(ChangeKind.DRAIN, A, B)
+    assert (world.entry(A)["state"], world.entry(B)["state"]) == ("drain", "drain")
+    assert running(world, number) == [(A, "empty")]
+
+
 def test_a_rollout_stops_when_the_others_went_down_meanwhile() -> None:
     world = World().configure(upstream(2))
     number = world.wish(ChangeKind.ROLLOUT)

@@ -1,0 +1,5 @@
+"""`python -m controller` is the command `headgate`."""
+
+from controller.cli import main
+
+main()

@@ -1,0 +1,312 @@
+"""The store on one host: a SQLite file with one writer thread, and the lock that keeps a second daemon out.
+
+Only rows and their meaning belong here. Durable values are kept as JSON documents of the core's dataclasses; what
+people list and read (changes, steps, events) also stands in columns, with wall-clock times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from controller.core.model import Change, ChangeStatus, Peer
+from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError
+
+EVENTS_KEPT = 50_000
+"""The newest events that stay; older ones are dropped as new ones come."""
+
+_T = TypeVar("_T")
+_PREFIX = "sqlite:///"
+_PEER = TypeAdapter(Peer)
+_CHANGE = TypeAdapter(Change)
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE meta (
+        one INTEGER PRIMARY KEY CHECK (one = 1),
+        now REAL NOT NULL, boot TEXT NOT NULL,
+        revision INTEGER NOT NULL, next_change INTEGER NOT NULL, next_epoch INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE peer (
+        upstream TEXT NOT NULL, server TEXT NOT NULL, document TEXT NOT NULL,
+        PRIMARY KEY (upstream, server)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE change (
+        id INTEGER PRIMARY KEY,
+        kind TEXT NOT NULL, upstream TEXT NOT NULL, status TEXT NOT NULL, forced INTEGER NOT NULL,
+        created_at REAL NOT NULL, ended_at REAL, error TEXT NOT NULL,
+        document TEXT
+    ) STRICT;
+    CREATE INDEX change_unfinished ON change (id) WHERE document IS NOT NULL;
+    CREATE TABLE step (
+        change INTEGER NOT NULL REFERENCES change (id), position INTEGER NOT NULL,
+        name TEXT NOT NULL, server TEXT NOT NULL, batch INTEGER NOT NULL, state TEXT NOT NULL,
+        started_at REAL, ended_at REAL, detail TEXT NOT NULL,
+        PRIMARY KEY (change, position)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE event (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL,
+        upstream TEXT NOT NULL, server TEXT NOT NULL, change INTEGER
+    ) STRICT;
+    """,
+)
+"""One script a schema version; `PRAGMA user_version` says how many have been run."""
+
+# A wall time, once recorded, stays: worked out again after the clock was set it would move.
+_SAVE_CHANGE = """
+    INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET status = excluded.status, forced = excluded.forced, error = excluded.error,
+        ended_at = COALESCE(ended_at, excluded.ended_at), document = excluded.document
+"""
+_SAVE_STEP = """
+    INSERT INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (change, position) DO UPDATE SET name = excluded.name, server = excluded.server, batch = excluded.batch,
+        state = excluded.state, detail = excluded.detail,
+        started_at = COALESCE(started_at, excluded.started_at), ended_at = COALESCE(ended_at, excluded.ended_at)
+    WHERE (state, detail) IS NOT (excluded.state, excluded.detail)
+"""
+_CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error"
+
+
+class SqliteStore:
+    """`ports.Store` on a SQLite file; `url` is `sqlite:////absolute/path`.
+
+    Nothing is opened before the first call; directory (0750) and file (0640) are created where they are missing.
+    The file `<path>.lock` is held until `close`; a second daemon's first call raises StoreError.
+    """
+
+    def __init__(self, url: str) -> None:
+        path = url.removeprefix(_PREFIX)
+        if not url.startswith(_PREFIX) or not path.startswith("/") or path.endswith("/"):
+            raise StoreError(f"store.url {url!r} is not a SQLite file", "write sqlite:////absolute/path/state.db")
+        self.path = Path(path)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._connection: sqlite3.Connection | None = None
+        self._lock: int | None = None
+        self._closed = False
+
+    async def load(self) -> Saved:
+        """What an earlier life left: all peers, and the changes that are not finished."""
+        return await self._run(self._load)
+
+    async def save(self, delta: Delta) -> tuple[EventRecord, ...]:
+        """Write one transaction; when it raises StoreError nothing of it is written."""
+        return await self._run(lambda db: self._save(db, delta))
+
+    async def changes(self, limit: int = 50, before: int | None = None) -> tuple[ChangeRecord, ...]:
+        """The newest changes first, those with an id below `before` where given; without steps."""
+        sql = f"SELECT {_CHANGE_COLUMNS} FROM change WHERE ?1 IS NULL OR id < ?1 ORDER BY id DESC LIMIT ?2"
+        return await self._run(lambda db: tuple(map(_change_record, db.execute(sql, (before, limit)))))
+
+    async def change(self, change: int) -> ChangeRecord | None:
+        """One change with its steps in order."""
+        return await self._run(lambda db: self._one(db, change))
+
+    async def events(self, after: int | None = None, limit: int = 200) -> tuple[EventRecord, ...]:
+        """Events with id > `after` in order; without `after` the newest `limit`, in order."""
+        newest = "SELECT * FROM (SELECT * FROM event ORDER BY id DESC LIMIT ?) ORDER BY id"
+        since = "SELECT * FROM event WHERE id > ? ORDER BY id LIMIT ?"
+        sql, values = (newest, (limit,)) if after is None else (since, (after, limit))
+        return await self._run(lambda db: tuple(EventRecord(*row) for row in db.execute(sql, values)))
+
+    async def close(self) -> None:
+        """Finish writing, close the file and let go of the lock. It may be called twice."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._shut)
+            self._executor.shutdown()
+
+    # --- in the writer thread ---------------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        def guarded() -> _T:
+            try:
+                if self._connection is None:
+                    self._connection = self._open()
+                return work(self._connection)
+            except sqlite3.Error as error:
+                raise self._store_error(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, guarded)
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._take_lock()
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            self._shut()
+            remedy = "make the directory writable for the user that runs headgate, or change store.url"
+            raise StoreError(f"the store {self.path} cannot be opened: {error.strerror}", remedy) from error
+        os.close(descriptor)
+        # One thread makes and uses the connection; transactions are written out below.
+        db = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA foreign_keys = ON")
+            self._migrate(db)
+        except BaseException:
+            db.close()
+            self._shut()
+            raise
+        return db
+
+    def _take_lock(self) -> None:
+        lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise StoreError(
+                f"the store {self.path} is in use by another daemon (pid {holder})",
+                "stop that daemon first, or give this one its own store.url and api.socket",
+            ) from error
+        self._lock = lock
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise sqlite3.DatabaseError("damaged: " + " ".join(verdict.split()))
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_MIGRATIONS):
+            raise StoreError(
+                f"the store {self.path} was written by a newer Headgate (schema {version}, this one knows"
+                f" {len(_MIGRATIONS)})",
+                "install that version again, or give this one its own store.url",
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT")
+
+    def _load(self, db: sqlite3.Connection) -> Saved:
+        meta = db.execute("SELECT now, boot, revision, next_change, next_epoch FROM meta").fetchone()
+        peers = {
+            (upstream, server): self._decode(_PEER, document, f"peer {upstream} {server}")
+            for upstream, server, document in db.execute("SELECT upstream, server, document FROM peer")
+        }
+        changes = {
+            number: self._decode(_CHANGE, document, f"change {number}")
+            for number, document in db.execute("SELECT id, document FROM change WHERE document IS NOT NULL ORDER BY id")
+        }
+        if meta is None:
+            return Saved()
+        now, boot, revision, next_change, next_epoch = meta
+        return Saved(now, boot, revision, next_change, next_epoch, peers, changes)
+
+    def _save(self, db: sqlite3.Connection, delta: Delta) -> tuple[EventRecord, ...]:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.execute(
+                "INSERT OR REPLACE INTO meta VALUES (1, ?, ?, ?, ?, ?)",
+                (delta.now, delta.boot, delta.revision, delta.next_change, delta.next_epoch),
+            )
+            for key, peer in delta.peers.items():
+                if peer is None:
+                    db.execute("DELETE FROM peer WHERE upstream = ? AND server = ?", key)
+                else:
+                    db.execute("INSERT OR REPLACE INTO peer VALUES (?, ?, ?)", (*key, _encode(peer)))
+            for change in delta.changes.values():
+                self._save_change(db, change, delta)
+            records = []
+            for note in delta.notes:
+                values = (delta.wall, note.kind, note.text, note.upstream, note.server, note.change)
+                number = db.execute("INSERT INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?)", values).lastrowid
+                records.append(EventRecord(number or 0, *values))
+            if records:
+                db.execute("DELETE FROM event WHERE id <= ?", (records[-1].id - EVENTS_KEPT,))
+            db.execute("COMMIT")
+        except BaseException:
+            # A full disk makes SQLite roll back by itself, and a second ROLLBACK would be the error that is seen.
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        return tuple(records)
+
+    def _save_change(self, db: sqlite3.Connection, change: Change, delta: Delta) -> None:
+        def wall(seconds: float | None) -> float | None:
+            return None if seconds is None else delta.wall - (delta.now - seconds)
+
+        document = _encode(change) if change.status is ChangeStatus.RUNNING else None
+        db.execute(
+            _SAVE_CHANGE,
+            (
+                *(change.id, change.kind, change.upstream, change.status, change.forced),
+                *(wall(change.created), wall(change.ended), change.error, document),
+            ),
+        )
+        db.executemany(
+            _SAVE_STEP,
+            (
+                (
+                    *(change.id, position, step.name, step.server, step.batch, step.state),
+                    *(wall(step.started), wall(step.ended), step.detail),
+                )
+                for position, step in enumerate(change.steps)
+            ),
+        )
+
+    def _one(self, db: sqlite3.Connection, change: int) -> ChangeRecord | None:
+        row = db.execute(f"SELECT {_CHANGE_COLUMNS} FROM change WHERE id = ?", (change,)).fetchone()
+        columns = "name, server, batch, state, started_at, ended_at, detail"
+        steps = db.execute(f"SELECT {columns} FROM step WHERE change = ? ORDER BY position", (change,))
+        return row and _change_record(row, tuple(StepRecord(*step) for step in steps))
+
+    def _decode(self, adapter: TypeAdapter[_T], document: str, what: str) -> _T:
+        try:
+            return adapter.validate_json(document, strict=True)
+        except ValidationError as error:
+            message = f"the store {self.path} holds a {what} that cannot be read: {error}"
+            raise StoreError(message, _SET_ASIDE) from error
+
+    def _store_error(self, error: sqlite3.Error) -> StoreError:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        remedy = {
+            sqlite3.SQLITE_FULL: "free space on its file system; nginx goes on with the table it has",
+            sqlite3.SQLITE_IOERR: "look at its file system (space, quota, dmesg); nginx goes on with the table it has",
+            sqlite3.SQLITE_READONLY: "make file and directory writable for the user that runs headgate",
+            sqlite3.SQLITE_CANTOPEN: "make file and directory writable for the user that runs headgate",
+            sqlite3.SQLITE_BUSY: "close the other program that writes to it",
+            sqlite3.SQLITE_CORRUPT: _SET_ASIDE,
+            sqlite3.SQLITE_NOTADB: _SET_ASIDE,
+        }.get(code, "look at the file and its file system")
+        return StoreError(f"the store {self.path}: {error}", remedy)
+
+    def _shut(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._lock is not None:
+            # Unlinking it would let two daemons hold two locks of one name.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+
+_SET_ASIDE = (
+    "move the file and its -wal and -shm away and start again: what operators wished (drain, maint) and unfinished"
+    " changes are forgotten, the traffic is not touched"
+)
+
+
+def _encode(value: Peer | Change) -> str:
+    return to_json(value, inf_nan_mode="constants").decode()
+
+
+def _change_record(row: tuple[Any, ...], steps: tuple[StepRecord, ...] = ()) -> ChangeRecord:
+    number, kind, upstream, status, forced, created_at, ended_at, error = row
+    return ChangeRecord(number, kind, upstream, status, bool(forced), created_at, ended_at, error, steps)

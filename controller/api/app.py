@@ -1,0 +1,285 @@
+"""The routes. They ask the runtime and put its answers and errors into the shapes of wire.py; they decide nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+from collections.abc import AsyncIterator, Coroutine
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from controller.api import metrics, wire
+from controller.api.face import Runtime
+from controller.core.change import group_of, resolve
+from controller.core.events import AdminWished, ChangeWished
+from controller.core.model import Admin, ChangeKind, ChangeStatus, Refused
+from controller.errors import HeadgateError
+from controller.ports import PlaneRefused, PlaneUnreachable, StoreError
+
+PUBLISH_SECONDS = 5.0
+"""How long a call waits for nginx to serve what was wished."""
+KEEP_ALIVE_SECONDS = 15.0
+"""How long an event stream is silent before a comment shows that it lives."""
+MAX_WAIT_SECONDS = 60.0
+"""The longest that one call may wait for news."""
+
+_REFUSED = {"not_found": 404, "busy": 409, "guard": 409, "invalid": 422}
+_EVENT_STREAM = "text/event-stream"
+_EVENT_ID = re.compile(r"[0-9]{1,18}")
+
+_Upstream = Annotated[str, Path(description="The upstream's name in nginx.conf.")]
+_Server = Annotated[str, Path(description="A server's address as written in nginx.conf; may hold `/` (unix sockets).")]
+_ChangeId = Annotated[int, Path(ge=1, le=wire.MAX_ID)]
+_Limit = Annotated[int, Query(ge=1, le=1000, description="At most so many.")]
+_Before = Annotated[int | None, Query(ge=1, le=wire.MAX_ID, description="Only changes with a smaller id.")]
+_Wait = Annotated[
+    float,
+    Query(ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False, description="Seconds to wait for news of a running change."),
+]
+_Seen = Annotated[int, Query(ge=-1, le=wire.MAX_ID, description="The `version` that the caller has seen already.")]
+_After = Annotated[int | None, Query(ge=0, le=wire.MAX_ID, description="Only events with a larger id.")]
+_LastEventId = Annotated[str | None, Header(description="A broken event stream goes on after this id.")]
+_ANY_ERROR: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": wire.ErrorAnswer, "description": "The request cannot be granted"},
+    "5XX": {"model": wire.ErrorAnswer, "description": "Something that the daemon needs does not work"},
+}
+
+
+def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastAPI:
+    """The whole API over this runtime. When `stopping` is set, waiting calls and event streams come to their end."""
+    stop = stopping or asyncio.Event()
+    app = FastAPI(
+        title="Headgate",
+        version=version("headgate"),
+        description="Backends behind nginx come online and go offline without losing one request.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ANY_ERROR,
+    )
+    _answer_errors(app)
+    scraped = metrics.registry(runtime)
+
+    @app.get("/healthz", tags=["daemon"])
+    async def healthz() -> wire.Ready:
+        """200 while the daemon does its work."""
+        if not runtime.alive():
+            raise _Failed(503, "not_alive", "the runtime task does not take events", "restart the daemon")
+        return wire.Ready()
+
+    @app.get("/readyz", tags=["daemon"])
+    async def readyz() -> wire.Ready:
+        """200 when nginx serves what the daemon wants; else 503 with the reasons."""
+        if problems := runtime.problems():
+            raise _Failed(503, "not_ready", "; ".join(problems), "`headgate status` and `headgate events` say more")
+        return wire.Ready()
+
+    @app.get("/metrics", tags=["daemon"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        return Response(generate_latest(scraped), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.get("/v1/status", tags=["servers"])
+    async def status() -> wire.Status:
+        """Everything at a glance."""
+        return wire.status(runtime.state, runtime.counters, runtime.data_plane, runtime.clock.now())
+
+    @app.get("/v1/upstreams", tags=["servers"])
+    async def upstreams() -> wire.Upstreams:
+        """The upstreams, those left to nginx, and what was odd in nginx.conf."""
+        return wire.upstreams(runtime.state, runtime.counters, runtime.config, runtime.clock.now())
+
+    @app.get("/v1/upstreams/{upstream}", tags=["servers"])
+    async def one_upstream(upstream: _Upstream) -> wire.UpstreamView:
+        """One upstream with its servers."""
+        group = group_of(runtime.state, upstream)
+        return wire.upstream(group, runtime.state, runtime.counters, runtime.clock.now())
+
+    @app.get("/v1/upstreams/{upstream}/servers/{server:path}", tags=["servers"])
+    async def servers(upstream: _Upstream, server: _Server) -> wire.Servers:
+        """One server; for a host name, each of its addresses."""
+        group = group_of(runtime.state, upstream)
+        keys = resolve(group, (server,))
+        found = [each for each in group.upstream.servers if each.key in keys]
+        state, counters, now = runtime.state, runtime.counters, runtime.clock.now()
+        return wire.Servers(
+            upstream=upstream, servers=[wire.server(group, each, state, counters, now) for each in found]
+        )
+
+    @app.put("/v1/upstreams/{upstream}/servers/{server:path}/admin", tags=["servers"])
+    async def set_admin(upstream: _Upstream, server: _Server, wish: wire.AdminWish) -> wire.AdminAnswer:
+        """Make a server ready, drain it, or put it under maintenance; answers when nginx follows it."""
+        if wish.admin is Admin.DRAIN:
+            keys = resolve(group_of(runtime.state, upstream), (server,))
+            outcome = await runtime.wish(ChangeWished(ChangeKind.DRAIN, upstream, keys, len(keys), wish.force))
+        else:
+            outcome = await runtime.wish(AdminWished(upstream, server, wish.admin, wish.force))
+        try:
+            await runtime.published(PUBLISH_SECONDS)
+        except (PlaneUnreachable, PlaneRefused) as error:
+            remedy = error.remedy or "the wish is recorded and nginx follows it as soon as it answers"
+            raise _Failed(503, "not_published", error.message, remedy) from error
+        return wire.AdminAnswer(revision=runtime.state.revision, change=outcome.change)
+
+    @app.post("/v1/changes", tags=["changes"], status_code=202)
+    async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
+        """Begin an operation; it is recorded and goes on by itself."""
+        batch = wish.batch_of(len(group_of(runtime.state, wish.upstream).upstream.servers))
+        outcome = await runtime.wish(ChangeWished(wish.kind, wish.upstream, tuple(wish.servers), batch, wish.force))
+        assert outcome.change is not None, "a granted change has an id"
+        return wire.ChangeBegun(change=outcome.change)
+
+    @app.get("/v1/changes", tags=["changes"])
+    async def changes(limit: _Limit = 50, before: _Before = None) -> wire.Changes:
+        """The newest changes first."""
+        return wire.Changes(changes=[wire.change_summary(each) for each in await runtime.store.changes(limit, before)])
+
+    @app.get("/v1/changes/{change}", tags=["changes"])
+    async def one_change(change: _ChangeId, wait: _Wait = 0, seen: _Seen = -1) -> wire.ChangeView:
+        """One change with its steps; with `wait`, as soon as it has ended or has news beyond `seen`."""
+        deadline = runtime.clock.now() + wait
+        while True:
+            at = runtime.version
+            record = await runtime.store.change(change)
+            if record is None:
+                raise Refused("not_found", f"there is no change {change}", "`headgate changes` lists them")
+            view = wire.change(record)
+            left = deadline - runtime.clock.now()
+            if view.version > seen or view.status is not ChangeStatus.RUNNING or left <= 0 or stop.is_set():
+                return view
+            await _unless(stop, runtime.changed(at, left))
+
+    @app.get(
+        "/v1/events",
+        tags=["events"],
+        response_model=wire.Events,
+        responses={200: {"content": {_EVENT_STREAM: {"schema": {"type": "string"}}}}},
+    )
+    async def events(
+        request: Request, after: _After = None, limit: _Limit = 200, last_event_id: _LastEventId = None
+    ) -> Response | wire.Events:
+        """Events in order: without `after` the newest; with `Accept: text/event-stream` as they come."""
+        if _EVENT_STREAM not in request.headers.get("accept", ""):
+            return wire.events(await runtime.store.events(after, limit))
+        resumed = int(last_event_id) if last_event_id and _EVENT_ID.fullmatch(last_event_id) else after
+        return StreamingResponse(
+            _stream(runtime, resumed, stop), media_type=_EVENT_STREAM, headers={"Cache-Control": "no-store"}
+        )
+
+    return app
+
+
+class Guarded:
+    """The app as it is served over TCP: reading only, or with a token everything for those who hold it.
+
+    /healthz and /readyz never ask for the token: load balancers probe them.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app = app
+        self._expected = token and f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        denied = self._denial(scope) if scope["type"] == "http" else None
+        await (denied or self._app)(scope, receive, send)
+
+    def _denial(self, scope: Scope) -> Response | None:
+        if self._expected:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if scope["path"] in ("/healthz", "/readyz") or hmac.compare_digest(given, self._expected):
+                return None
+            remedy = "send `Authorization: Bearer …` with the content of api.token_file"
+            return _error(401, "unauthorized", "this needs the token", remedy, {"WWW-Authenticate": "Bearer"})
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        return _error(
+            403, "read_only", "over TCP the API only answers reads", "use the unix socket, or set api.token_file"
+        )
+
+
+class _Failed(HeadgateError):
+    def __init__(self, status: int, code: str, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.status = status
+        self.code = code
+
+
+def _answer_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return _error(_REFUSED[error.code], error.code, error.message, error.remedy)
+
+    @app.exception_handler(_Failed)
+    async def failed(_: Request, error: _Failed) -> Response:
+        return _error(error.status, error.code, error.message, error.remedy)
+
+    @app.exception_handler(StoreError)
+    async def store_failed(_: Request, error: StoreError) -> Response:
+        return _error(507, "store_failed", error.message, error.remedy)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        texts = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        return _error(422, "invalid", "; ".join(texts), "/openapi.json describes what is expected")
+
+    @app.exception_handler(HTTPException)
+    async def unroutable(request: Request, error: HTTPException) -> Response:
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _error(error.status_code, code, message, "/openapi.json lists what there is", dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return _error(
+            500, "internal", f"{type(error).__name__}: {error}", "please report this; the daemon's log says more"
+        )
+
+
+def _error(status: int, code: str, message: str, remedy: str, headers: dict[str, str] | None = None) -> Response:
+    body = wire.ErrorAnswer(error=wire.Problem.model_construct(code=code, message=message, remedy=remedy))
+    # Escaped, for a message may quote what was sent, and that need not be valid Unicode.
+    return Response(json.dumps(body.model_dump(warnings=False)), status, headers, "application/json")
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
+    """Wait for the work, or for the stop; the work is cancelled then."""
+    tasks = {asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())}
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
+
+
+async def _stream(runtime: Runtime, after: int | None, stop: asyncio.Event) -> AsyncIterator[str]:
+    yield "retry: 1000\n\n"
+    source = runtime.follow(after)
+    stopped = asyncio.ensure_future(stop.wait())
+    coming = asyncio.ensure_future(anext(source, None))
+    try:
+        while not stopped.done():
+            await asyncio.wait({coming, stopped}, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                yield ": still here\n\n"
+            elif (record := coming.result()) is None:
+                return
+            else:
+                # Asked for before the yield, so that there is always one task whose end ends the source.
+                coming = asyncio.ensure_future(anext(source, None))
+                yield f"id: {record.id}\ndata: {wire.event(record).model_dump_json()}\n\n"
+    finally:
+        stopped.cancel()
+        coming.cancel()

@@ -1,0 +1,60 @@
+"""The runtime as the API sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from controller.core.events import AdminWished, ChangeWished, Outcome
+from controller.core.model import State
+from controller.ports import Clock, Counters, EventRecord, NginxConfig, Store
+
+
+class Runtime(Protocol):
+    """State to read, wishes to make, news to wait for."""
+
+    @property
+    def state(self) -> State:
+        """What is known and wished now."""
+
+    @property
+    def counters(self) -> Counters:
+        """What nginx counted, as last read."""
+
+    @property
+    def config(self) -> NginxConfig | None:
+        """nginx.conf as last read; None before."""
+
+    @property
+    def store(self) -> Store:
+        """For records of changes and events."""
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of what can be seen here."""
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that the state is reckoned with."""
+
+    @property
+    def data_plane(self) -> str:
+        """`lua` or `reload`."""
+
+    async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
+        """Decide and store; Refused, StoreError."""
+
+    async def published(self, seconds: float) -> None:
+        """Return when nginx serves the state's revision; PlaneUnreachable or PlaneRefused when it is not in time."""
+
+    async def changed(self, after: int, seconds: float) -> int:
+        """The version, as soon as it differs from `after`, or as it is when the seconds have passed."""
+
+    def follow(self, after: int | None) -> AsyncIterator[EventRecord]:
+        """Recorded events with id > `after` (None: from now on), then each as it is recorded."""
+
+    def alive(self) -> bool:
+        """Whether the runtime task takes events."""
+
+    def problems(self) -> list[str]:
+        """Why the daemon is not ready, as sentences; empty when it is."""

@@ -1,0 +1,319 @@
+"""The JSON shapes: what the API takes, what it answers, and the one error shape. Values only; routes stand in app.py.
+
+Times named `…_at` are seconds since the epoch, all others are durations in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+
+from controller.core import warmup
+from controller.core.model import Admin, ChangeKind, ChangeStatus, Group, Health, Server, State, StepState, Warmth
+from controller.core.table import effective_weight
+from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig
+
+MAX_ID = 2**63 - 1
+"""The largest id that the store can hold."""
+
+
+def _integral(value: object) -> object:
+    """2.0 is an integer to JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+class AdminWish(BaseModel):
+    """What an operator wants of a server; `force` passes the guard against leaving no server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    admin: Admin
+    force: StrictBool = False
+
+
+class ChangeWish(BaseModel):
+    """An operation. No servers means all of the upstream; `batch` is how many at once, or a percentage of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: ChangeKind
+    upstream: str
+    servers: list[str] = []
+    batch: Annotated[
+        Annotated[StrictInt, Field(ge=1, le=MAX_ID)] | Annotated[str, Field(pattern=r"^(?:[1-9][0-9]?|100)%$")],
+        BeforeValidator(_integral),
+    ] = 1
+    force: StrictBool = False
+
+    def batch_of(self, servers: int) -> int:
+        """How many servers at once: a percentage of `servers`, rounded down, is at least one."""
+        if isinstance(self.batch, int):
+            return self.batch
+        return max(1, servers * int(self.batch.removesuffix("%")) // 100)
+
+
+# --- what is answered -------------------------------------------------------------------------------------------
+
+
+class Problem(BaseModel):
+    """What went wrong: a stable word, a sentence with the place, and what can be done."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+class ErrorAnswer(BaseModel):
+    """The one error shape."""
+
+    error: Problem
+
+
+class Ready(BaseModel):
+    """The daemon is alive, or ready."""
+
+    ok: bool = True
+
+
+class WarmUpView(BaseModel):
+    """A slow start: seconds run of seconds in all, and the share of the full weight (0 to 1) that it gives now."""
+
+    phase: Warmth
+    elapsed: float
+    duration: float
+    share: float
+
+
+class QuarantineView(BaseModel):
+    """No traffic for so many seconds more, and why."""
+
+    remaining: float
+    why: str
+
+
+class ServerView(BaseModel):
+    """A server as it is. `address` names it in every call: as written in nginx.conf, for a host name `name:port@ip`.
+
+    `requests` and `failures` count tries since nginx started; `change` is the unfinished change that it takes part in.
+    """
+
+    address: str
+    weight: int
+    effective_weight: float
+    admin: Admin
+    health: Health
+    reason: str
+    warm_up: WarmUpView
+    quarantine: list[QuarantineView]
+    in_flight: int
+    requests: int
+    failures: int
+    change: int | None
+
+
+class UpstreamView(BaseModel):
+    """An upstream and its servers; `fail_open`: none is up, so those that are merely down serve."""
+
+    name: str
+    method: str
+    fail_open: bool
+    servers: list[ServerView]
+
+
+class ConfigView(BaseModel):
+    """Whether nginx.conf could be read (`ok`), or not and why (`error`); the last good reading stays in force."""
+
+    state: str
+    error: str | None
+
+
+class Status(BaseModel):
+    """Everything at a glance."""
+
+    revision: int
+    data_plane: str
+    config: ConfigView
+    upstreams: list[UpstreamView]
+
+
+class Upstreams(BaseModel):
+    """The upstreams that Headgate drives, those that it leaves to nginx, and what was odd in nginx.conf."""
+
+    upstreams: list[UpstreamView]
+    unhooked: list[str]
+    warnings: list[str]
+
+
+class Servers(BaseModel):
+    """The servers that an address names: one, or each address of a host name."""
+
+    upstream: str
+    servers: list[ServerView]
+
+
+class AdminAnswer(BaseModel):
+    """nginx serves this table revision, which holds the wish. `change` is the drain that was begun, if one was."""
+
+    revision: int
+    change: int | None
+
+
+class ChangeBegun(BaseModel):
+    """The change that was begun."""
+
+    change: int
+
+
+class StepView(BaseModel):
+    """One stage for one server."""
+
+    name: str
+    server: str
+    batch: int
+    state: StepState
+    started_at: float | None
+    ended_at: float | None
+    detail: str
+
+
+class ChangeSummary(BaseModel):
+    """A change without its steps."""
+
+    id: int
+    kind: ChangeKind
+    upstream: str
+    status: ChangeStatus
+    forced: bool
+    created_at: float
+    ended_at: float | None
+    error: str
+
+
+class ChangeView(ChangeSummary):
+    """A change with its steps; `version` counts the steps that started and those that ended."""
+
+    version: int
+    steps: list[StepView]
+
+
+class Changes(BaseModel):
+    """Changes, newest first."""
+
+    changes: list[ChangeSummary]
+
+
+class EventView(BaseModel):
+    """One recorded sentence; `id` grows."""
+
+    id: int
+    at: float
+    kind: str
+    text: str
+    upstream: str
+    server: str
+    change: int | None
+
+
+class Events(BaseModel):
+    """Events in order."""
+
+    events: list[EventView]
+
+
+# --- from the model to the shapes -------------------------------------------------------------------------------
+
+
+def status(state: State, counters: Counters, data_plane: str, now: float) -> Status:
+    """The whole state as it is at `now`."""
+    return Status(
+        revision=state.revision,
+        data_plane=data_plane,
+        config=ConfigView(state="error" if state.config_error else "ok", error=state.config_error or None),
+        upstreams=[upstream(group, state, counters, now) for group in state.groups.values()],
+    )
+
+
+def upstreams(state: State, counters: Counters, config: NginxConfig | None, now: float) -> Upstreams:
+    """All upstreams, and what the configuration says beside them."""
+    return Upstreams(
+        upstreams=[upstream(group, state, counters, now) for group in state.groups.values()],
+        unhooked=list(config.unhooked) if config else [],
+        warnings=list(config.warnings) if config else [],
+    )
+
+
+def upstream(group: Group, state: State, counters: Counters, now: float) -> UpstreamView:
+    """One upstream with its servers."""
+    return UpstreamView(
+        name=group.upstream.name,
+        method=group.upstream.method,
+        fail_open=group.fail_open,
+        servers=[server(group, each, state, counters, now) for each in group.upstream.servers],
+    )
+
+
+def server(group: Group, configured: Server, state: State, counters: Counters, now: float) -> ServerView:
+    """One server: the configured line, its living side and its counters."""
+    peer = group.peers[configured.key]
+    seen = counters.upstreams.get(group.upstream.name, {}).get(configured.key)
+    policy = group.upstream.policy.warm_up
+    return ServerView(
+        address=configured.key,
+        weight=configured.weight,
+        effective_weight=effective_weight(group, configured, now),
+        admin=peer.admin,
+        health=peer.health,
+        reason=peer.reason,
+        warm_up=WarmUpView(
+            phase=peer.warm_up.phase,
+            elapsed=warmup.elapsed(peer.warm_up, now),
+            duration=policy.duration,
+            share=warmup.share(policy, peer.warm_up, now),
+        ),
+        quarantine=[QuarantineView(remaining=max(0.0, q.until - now), why=q.why) for q in peer.quarantine],
+        in_flight=seen.in_flight if seen else 0,
+        requests=seen.requests if seen else 0,
+        failures=seen.failures if seen else 0,
+        change=_change_of(state, group.upstream.name, configured.key),
+    )
+
+
+def change(record: ChangeRecord) -> ChangeView:
+    """A change as recorded, with its steps."""
+    steps = [StepView.model_validate(step, from_attributes=True) for step in record.steps]
+    version = sum((step.started_at is not None) + (step.ended_at is not None) for step in steps)
+    return ChangeView(**change_summary(record).model_dump(), version=version, steps=steps)
+
+
+def change_summary(record: ChangeRecord) -> ChangeSummary:
+    """A change as recorded, without its steps."""
+    return ChangeSummary.model_validate(record, from_attributes=True)
+
+
+def events(records: Iterable[EventRecord]) -> Events:
+    """Events as recorded."""
+    return Events(events=[event(record) for record in records])
+
+
+def event(record: EventRecord) -> EventView:
+    """One event as recorded."""
+    return EventView.model_validate(record, from_attributes=True)
+
+
+def _change_of(state: State, upstream: str, key: str) -> int | None:
+    unfinished = (StepState.PENDING, StepState.RUNNING)
+    return next(
+        (
+            each.id
+            for each in state.changes.values()
+            if each.status is ChangeStatus.RUNNING and each.upstream == upstream
+            for step in each.steps
+            if step.server == key and step.state in unfinished
+        ),
+        None,
+    )

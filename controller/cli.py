@@ -1,0 +1,395 @@
+"""The command `headgate`: words on the command line to calls of the API, answers to tables (cli_view.py). No decisions.
+
+Exit codes: 0 done, 1 failed, 2 usage or settings, 3 daemon not reachable, 4 refused by a guard, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version as distribution_version
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+
+from controller import cli_view as view
+from controller.client import Client, Json
+from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
+from controller.settings import Settings
+from controller.settings import load as load_settings
+
+FAILED, USAGE, UNREACHABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    name="headgate",
+    help="Backends behind nginx come online and go offline without losing one request.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_Upstream = Annotated[str, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)]
+_Server = Annotated[str, typer.Argument(help="The server's address as written in nginx.conf.", show_default=False)]
+_Force = Annotated[bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")]
+_Wait = Annotated[bool, typer.Option("--wait", help="Wait until it has taken effect.")]
+_Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait, with --wait.")]
+_Follow = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="The API's answer as it is.")]
+
+
+def main() -> None:
+    """Run the command and exit with its code."""
+    try:
+        app()
+    except HeadgateError as error:
+        err = view.console(sys.stderr)
+        err.print(f"headgate: {error.message}", style="red", markup=False)
+        if error.remedy:
+            err.print(f"  {error.remedy}", markup=False)
+        sys.exit(_exit_code(error))
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            envvar="HEADGATE_CONFIG",
+            help="The settings; without it /etc/headgate/headgate.toml where it exists.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    context.obj = config
+
+
+@app.command()
+def run(context: typer.Context) -> None:
+    """Run the daemon in the foreground."""
+    from controller import daemon
+
+    raise typer.Exit(daemon.run(context.obj))
+
+
+@app.command()
+def demo(
+    once: Annotated[
+        bool, typer.Option("--once", envvar="ONCE", help="End after the rollout instead of staying up.")
+    ] = False,
+) -> None:
+    """Restart three live gunicorn servers behind nginx under load, and count what fails."""
+    from controller import demo as stage
+
+    raise typer.Exit(stage.run(once))
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second, until Ctrl-C.")] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Show upstreams and servers as they are."""
+    client = _client(context)
+    if as_json:
+        _print_json(client.status())
+    elif watch:
+        _watch(client)
+    else:
+        view.console().print(view.status(client.status()))
+
+
+@app.command()
+def drain(
+    context: typer.Context,
+    upstream: _Upstream,
+    server: _Server,
+    wait: _Wait = False,
+    force: _Force = False,
+    timeout: _Timeout = 60.0,
+) -> None:
+    """Send no new request to a server; with --wait, until those under way have ended."""
+    client = _client(context)
+    answer = client.set_admin(upstream, server, "drain", force)
+    change = answer["change"]
+    print(f"{upstream}: {server} drains; no new request reaches it (table {answer['revision']}, change {change})")
+    if wait:
+        _follow(client, change, timeout)
+
+
+@app.command()
+def enable(
+    context: typer.Context, upstream: _Upstream, server: _Server, wait: _Wait = False, timeout: _Timeout = 60.0
+) -> None:
+    """Make a server ready again; with --wait, until it gets requests."""
+    client = _client(context)
+    answer = client.set_admin(upstream, server, "ready")
+    print(f"{upstream}: {server} is ready (table {answer['revision']})")
+    if wait:
+        _until(client, upstream, server, timeout, "serves", lambda each: each["effective_weight"] > 0)
+
+
+@app.command()
+def maint(
+    context: typer.Context,
+    upstream: _Upstream,
+    server: _Server,
+    wait: _Wait = False,
+    force: _Force = False,
+    timeout: _Timeout = 60.0,
+) -> None:
+    """Take a server out and let its probes rest; with --wait, until requests under way have ended."""
+    client = _client(context)
+    answer = client.set_admin(upstream, server, "maint", force)
+    print(f"{upstream}: {server} is under maintenance; no new request reaches it (table {answer['revision']})")
+    if wait:
+        _until(client, upstream, server, timeout, "is empty", lambda each: each["in_flight"] == 0)
+
+
+@app.command()
+def stop(
+    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
+) -> None:
+    """Drain a server, then stop its process."""
+    _begin(context, "stop", upstream, (server,), 1, force, wait)
+
+
+@app.command()
+def start(
+    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
+) -> None:
+    """Start a server's process and wait until it is up and warm."""
+    _begin(context, "start", upstream, (server,), 1, force, wait)
+
+
+@app.command()
+def restart(
+    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
+) -> None:
+    """Drain, stop and start one server, and wait until it is up and warm."""
+    _begin(context, "restart", upstream, (server,), 1, force, wait)
+
+
+@app.command()
+def rollout(
+    context: typer.Context,
+    upstream: _Upstream,
+    batch: Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")] = "1",
+    force: _Force = False,
+    wait: _Follow = True,
+) -> None:
+    """Restart all servers of an upstream, batch after batch; stops at the first that fails."""
+    _begin(context, "rollout", upstream, (), int(batch) if batch.isdecimal() else batch, force, wait)
+
+
+@app.command()
+def changes(
+    context: typer.Context,
+    change: Annotated[int | None, typer.Argument(metavar="[ID]", min=1, help="Show this one, step by step.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="With an ID: show progress until it has ended.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many to list.")] = 20,
+    as_json: _AsJson = False,
+) -> None:
+    """List operations, or show one step by step."""
+    client = _client(context)
+    if change is None:
+        listed = client.changes(limit)
+        if as_json:
+            _print_json({"changes": listed})
+        else:
+            view.console().print(view.changes(listed) if listed else "there has been no change yet")
+    elif wait:
+        _follow(client, change)
+    elif as_json:
+        _print_json(client.change(change))
+    else:
+        view.console().print(view.steps(client.change(change)))
+
+
+@app.command()
+def events(
+    context: typer.Context,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones as they come, until Ctrl-C.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many of the past to show.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show what happened."""
+    client, out = _client(context), view.console()
+
+    def show(record: Json) -> None:
+        if as_json:
+            print(json.dumps(record), flush=True)
+        else:
+            out.print(view.event(record))
+            out.file.flush()
+
+    past = client.events(limit=limit)
+    for record in past:
+        show(record)
+    if follow:
+        try:
+            for record in client.follow_events(past[-1]["id"] if past else 0):
+                show(record)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+
+@app.command()
+def include(context: typer.Context) -> None:
+    """Print the file that nginx.conf includes in http{}, with the paths of this installation."""
+    from controller.adapters.nginx.lua import render_include
+    from controller.resources import lua_dir, nginx_dir
+
+    nginx = _settings(context).nginx
+    template = (nginx_dir() / "headgate.conf").read_text()
+    try:
+        text = render_include(template, lua=str(lua_dir()), socket=nginx.control, snapshot=nginx.snapshot)
+    except ValueError as error:
+        raise SettingsError(f"[nginx] control or snapshot: {error}") from error
+    print(text, end="")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"headgate {distribution_version('headgate')}")
+
+
+# --- behind the commands ------------------------------------------------------------------------------------------
+
+
+def _exit_code(error: HeadgateError) -> int:
+    match error:
+        case DaemonUnreachable():
+            return UNREACHABLE
+        case SettingsError() | ApiError(code="not_found" | "invalid"):
+            return USAGE
+        case ApiError(code="guard" | "busy"):
+            return REFUSED
+    return FAILED
+
+
+def _settings(context: typer.Context) -> Settings:
+    return load_settings(context.obj)
+
+
+def _client(context: typer.Context) -> Client:
+    return Client(_settings(context).api.socket)
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer, indent=2))
+
+
+def _begin(
+    context: typer.Context,
+    kind: str,
+    upstream: str,
+    servers: tuple[str, ...],
+    batch: int | str,
+    force: bool,
+    wait: bool,
+) -> None:
+    client = _client(context)
+    change = client.begin_change(kind, upstream, servers, batch, force)
+    if wait:
+        _follow(client, change)
+    else:
+        print(f"change {change}: {kind} of {upstream} begins; follow it with: headgate changes {change} --wait")
+
+
+def _follow(client: Client, change: int, timeout: float | None = None) -> None:
+    """Show a change until it ends, then its table; exits unless it is done."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    out = view.console()
+    record: Json = {}
+    try:
+        with Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else _Lines() as shown:
+            for record in client.follow_change(change):
+                if isinstance(shown, _Lines):
+                    shown.update(record)
+                else:
+                    shown.update(view.progress(record, _in_flight(client, record)), refresh=True)
+                if deadline is not None and time.monotonic() > deadline and record["status"] == "running":
+                    break
+    except KeyboardInterrupt:
+        raise _left(change, INTERRUPTED, "interrupted") from None
+    if record["status"] == "running":
+        raise _left(change, FAILED, f"not done within {timeout:g} s")
+    out.print(view.steps(record))
+    if record["status"] == "failed":
+        raise typer.Exit(FAILED)
+
+
+def _left(change: int, code: int, why: str) -> typer.Exit:
+    print(
+        f"{why}: change {change} goes on in the daemon; follow it with: headgate changes {change} --wait",
+        file=sys.stderr,
+    )
+    return typer.Exit(code)
+
+
+def _in_flight(client: Client, change: Json) -> dict[str, int]:
+    if change["status"] != "running":
+        return {}
+    return {each["address"]: each["in_flight"] for each in client.upstream(change["upstream"])["servers"]}
+
+
+class _Lines:
+    """Progress where there is no terminal: each step that begins or ends is one line."""
+
+    def __init__(self) -> None:
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+    def update(self, change: Json) -> None:
+        for number, step in enumerate(change["steps"]):
+            if step["state"] == "skipped":
+                continue
+            if step["ended_at"] is not None and number not in self._ended:
+                self._ended.add(number)
+                print(view.step_line(step), flush=True)
+            elif step["state"] == "running" and number not in self._begun:
+                self._begun.add(number)
+                print(view.step_line(step), flush=True)
+
+
+def _until(
+    client: Client, upstream: str, server: str, timeout: float, what: str, holds: Callable[[Json], bool]
+) -> None:
+    deadline = time.monotonic() + timeout
+    while not all(holds(each) for each in client.servers(upstream, server)):
+        if time.monotonic() > deadline:
+            raise HeadgateError(
+                f"{upstream}: {server}: not within {timeout:g} s: it {what}", "look at `headgate status`"
+            )
+        time.sleep(0.2)
+    print(f"{upstream}: {server} {what}")
+
+
+def _watch(client: Client) -> None:
+    out = view.console()
+    try:
+        if out.is_terminal:
+            with Live(console=out, auto_refresh=False, screen=True) as live:
+                while True:
+                    live.update(view.status(client.status()), refresh=True)
+                    time.sleep(1)
+        while True:
+            out.print(view.status(client.status()), "")
+            out.file.flush()
+            time.sleep(1)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None

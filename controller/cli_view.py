@@ -1,0 +1,218 @@
+"""What the command shows: answers of the API to tables and sentences. No calls and no decisions belong here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from itertools import groupby
+from typing import IO, Any
+
+from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Json = dict[str, Any]
+
+_LEFT: JustifyMethod = "left"
+_WIDE = 1000  # columns where nobody looks: a pipe gets whole lines
+_COLOURS = {
+    "ready": "green",
+    "drain": "yellow",
+    "maint": "magenta",
+    "up": "green",
+    "down": "red",
+    "unknown": "yellow",
+    "running": "cyan",
+    "done": "green",
+    "failed": "red",
+    "skipped": "dim",
+    "pending": "dim",
+}
+
+
+def console(file: IO[str] | None = None) -> Console:
+    """A console for this file (default standard output): colours and the window's width only on a terminal."""
+    file = file or sys.stdout
+    return Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else _WIDE)
+
+
+def status(answer: Json) -> RenderableType:
+    """The whole state: one line about the daemon, then each upstream."""
+    config = answer["config"]
+    head = Text.assemble(("headgate", "bold"), f"  table {answer['revision']}, data plane {answer['data_plane']}, ")
+    if config["state"] == "ok":
+        head.append("nginx.conf read")
+    else:
+        head.append(f"nginx.conf cannot be read, the last good reading is in force: {config['error']}", "red")
+    if not answer["upstreams"]:
+        return Group(head, Text("no upstream has Headgate's hook; `headgate include` shows what nginx needs", "yellow"))
+    return Group(head, *(part for each in answer["upstreams"] for part in (Text(), *_upstream(each))))
+
+
+def serving(upstream: Json) -> str:
+    """An upstream's state as a sentence."""
+    servers = upstream["servers"]
+    count = sum(server["effective_weight"] > 0 for server in servers)
+    if upstream["fail_open"]:
+        return (
+            f"{upstream['name']}: no server is up, so the {count} of {len(servers)} that are down are tried (fail open)"
+        )
+    return f"{upstream['name']}: {count} of {len(servers)} servers serving"
+
+
+def changes(answer: Iterable[Json]) -> Table:
+    """Changes, one a row."""
+    table = _table(("ID", "right"), "BEGAN", "KIND", "UPSTREAM", "STATUS", ("TOOK", "right"), "ERROR")
+    for change in answer:
+        status = Text(change["status"], _COLOURS[change["status"]])
+        kind = change["kind"] + (" (forced)" if change["forced"] else "")
+        row = (str(change["id"]), date(change["created_at"]), kind, change["upstream"], status, _took(change))
+        table.add_row(*row, change["error"])
+    return table
+
+
+def steps(change: Json) -> RenderableType:
+    """What a change did, step by step, and how it ended."""
+    table = _table("SERVER", "STEP", "STATE", "BEGAN", ("TOOK", "right"), "DETAIL")
+    for server, rows in groupby((s for s in change["steps"] if s["state"] != "skipped"), lambda step: step["server"]):
+        name = server
+        for step in rows:
+            state = Text(step["state"], _COLOURS[step["state"]])
+            began = clock(step["started_at"]) if step["started_at"] else ""
+            table.add_row(name, step["name"], state, began, _took(step, "started_at"), step["detail"])
+            name = ""
+    return Group(table, Text(), sentence(change))
+
+
+def progress(change: Json, in_flight: dict[str, int]) -> RenderableType:
+    """A change under way: where each of its servers is."""
+    table = _table("SERVER", "STEP", ("FOR", "right"), ("IN FLIGHT", "right"), "PROGRESS", "DETAIL")
+    for server, rows in groupby(sorted(change["steps"], key=lambda s: s["batch"]), lambda step: step["server"]):
+        mine = list(rows)
+        ended = sum(step["ended_at"] is not None for step in mine)
+        running = next((step for step in mine if step["state"] == "running"), None)
+        failed = next((step for step in mine if step["state"] == "failed"), None)
+        shown = running or failed
+        idle = "done" if ended == len(mine) else "waits"
+        table.add_row(
+            server,
+            Text(shown["name"], _COLOURS[shown["state"]])
+            if shown
+            else Text(idle, "green" if idle == "done" else "dim"),
+            _took(shown, "started_at") if shown else "",
+            str(in_flight.get(server, "")),
+            bar(ended / len(mine)),
+            shown["detail"] if shown else "",
+        )
+    return Group(sentence(change), table)
+
+
+def step_line(step: Json) -> str:
+    """A step that has begun or ended, as one line for a log."""
+    if step["ended_at"] is None:
+        return f"{clock(step['started_at'])}  {step['server']}  {step['name']} …"
+    took = f" in {_took(step, 'started_at')}" if step["started_at"] else ""
+    detail = f": {step['detail']}" if step["detail"] else ""
+    return f"{clock(step['ended_at'])}  {step['server']}  {step['name']} {step['state']}{took}{detail}"
+
+
+def sentence(change: Json) -> Text:
+    """How a change stands or ended."""
+    what = f"change {change['id']}: {change['kind']} of {change['upstream']}"
+    took = _took(change)
+    match change["status"]:
+        case "running":
+            return Text(f"{what} runs since {took}", "cyan")
+        case "failed":
+            return Text(f"{what} failed after {took}: {change['error']}", "red")
+        case _:
+            return Text(f"{what} done in {took}", "green")
+
+
+def event(record: Json) -> Text:
+    """One event as a line."""
+    return Text.assemble((date(record["at"]), "dim"), "  ", (f"{record['kind']:<8}", "cyan"), "  ", record["text"])
+
+
+def bar(share: float, cells: int = 10) -> str:
+    """A share of 1 as a bar."""
+    full = int(share * cells + 1e-9)
+    return "█" * full + "░" * (cells - full)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 1:
+        return f"{max(seconds, 0.0) * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+def clock(at: float) -> str:
+    """The time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def date(at: float) -> str:
+    """Date and time of day."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _upstream(upstream: Json) -> tuple[RenderableType, RenderableType]:
+    table = _table(
+        *("SERVER", "ADMIN", "HEALTH", "WEIGHT", "WARM-UP"),
+        *(("IN FLIGHT", "right"), ("REQUESTS", "right"), ("FAILURES", "right")),
+        "CHANGE",
+    )
+    for server in upstream["servers"]:
+        table.add_row(
+            server["address"],
+            Text(server["admin"], _COLOURS[server["admin"]]),
+            _health(server),
+            _weight(server),
+            _warm_up(server["warm_up"]),
+            str(server["in_flight"]),
+            f"{server['requests']:,}",
+            Text(f"{server['failures']:,}", "red" if server["failures"] else ""),
+            f"#{server['change']}" if server["change"] else "",
+        )
+    healthy = not upstream["fail_open"] and all(server["effective_weight"] > 0 for server in upstream["servers"])
+    return Text(serving(upstream), "bold green" if healthy else "bold yellow"), table
+
+
+def _health(server: Json) -> Text:
+    text = Text(server["health"], _COLOURS[server["health"]])
+    if server["reason"]:
+        text.append(f" ({server['reason']})", "dim")
+    for entry in server["quarantine"]:
+        text.append(f" quarantined for {duration(entry['remaining'])}: {entry['why']}", "yellow")
+    return text
+
+
+def _weight(server: Json) -> str:
+    effective = server["effective_weight"]
+    return str(server["weight"]) if effective == server["weight"] else f"{server['weight']} → {effective:.3g}"
+
+
+def _warm_up(warm_up: Json) -> str:
+    if warm_up["phase"] not in ("waiting", "running"):
+        return ""
+    left = warm_up["duration"] - warm_up["elapsed"]
+    text = "waits for a request" if warm_up["phase"] == "waiting" else f"{duration(left)} left"
+    return f"{bar(warm_up['share'])} {warm_up['share']:.0%} {text}"
+
+
+def _took(record: Json, since: str = "created_at") -> str:
+    if record[since] is None:
+        return ""
+    return duration((record["ended_at"] or time.time()) - record[since])
+
+
+def _table(*columns: str | tuple[str, JustifyMethod]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        name, justify = column if isinstance(column, tuple) else (column, _LEFT)
+        table.add_column(name, justify=justify, overflow="fold")
+    return table

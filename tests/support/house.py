@@ -1,0 +1,261 @@
+"""A whole daemon in a thread: the real runtime, store and API; the world around it (nginx, processes, probes) is held
+in the test's hand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from controller.adapters.store.sqlite import SqliteStore
+from controller.api.serve import ApiServer
+from controller.core.events import Event, ProbeResult
+from controller.core.model import (
+    DrainPolicy,
+    HealthPolicy,
+    Master,
+    Policy,
+    ProcessPolicy,
+    Server,
+    Upstream,
+    WarmUpPolicy,
+)
+from controller.ports import Check, Counters, NginxConfig, PeerCounters, PlaneStatus, PlaneUnreachable, ProcessError
+from controller.runtime import Runtime
+
+T = TypeVar("T")
+
+POLICY = Policy(
+    health=HealthPolicy(rise=1, fall=1),
+    warm_up=WarmUpPolicy(duration=0.0),
+    drain=DrainPolicy(timeout=60.0, settle=0.0),
+    process=ProcessPolicy(start=("serve",), graceful_timeout=60.0),
+)
+APP = Upstream(
+    "app", tuple(Server(f"127.0.0.1:{p}", f"127.0.0.1:{p}", "127.0.0.1", p) for p in (8001, 8002, 8003)), policy=POLICY
+)
+NAMED = Upstream(
+    "named",
+    (
+        *(Server(f"web:80@10.0.0.{n}", "web:80", f"10.0.0.{n}", 80, weight=2) for n in (1, 2)),
+        Server("unix:/run/a b.sock", "unix:/run/a b.sock", "unix:/run/a b.sock", 0, backup=True),
+    ),
+    policy=replace(POLICY, process=None),
+)
+
+
+class TestClock:
+    """The machine's clocks."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def wall(self) -> float:
+        return time.time()
+
+    def boot(self) -> str:
+        return "boot"
+
+
+class HeldPlane:
+    """nginx: serves what is published, unless `error`; `busy` are requests in flight by server key."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.error = ""
+        self.busy: dict[str, int] = {}
+
+    async def status(self) -> PlaneStatus:
+        await self._answer()
+        return PlaneStatus("nginx", self.revision)
+
+    async def publish(self, table: Mapping[str, object]) -> PlaneStatus:
+        await self._answer()
+        self.revision = int(str(table["revision"]))
+        return PlaneStatus("nginx", self.revision)
+
+    async def counters(self, upstream: str | None = None) -> Counters:
+        await self._answer()
+        names = [each for each in (APP, NAMED) if upstream in (None, each.name)]
+        seen = {u.name: {s.key: PeerCounters(self.busy.get(s.key, 0), 100, 1) for s in u.servers} for u in names}
+        return Counters("nginx", self.revision, seen)
+
+    async def close(self) -> None:
+        pass
+
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)  # I/O always lets others run
+        if self.error:
+            raise PlaneUnreachable(self.error, "start nginx")
+
+
+class HeldProcesses:
+    """Masters that come and go at once; `stuck` ones do not end before `release`."""
+
+    def __init__(self) -> None:
+        self.stuck = asyncio.Event()
+        self.stuck.set()
+        self.broken = ""
+
+    async def find(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master | None:
+        return Master(1000 + server.port, 1.0, "/usr/bin/python3", ((1, 1.0),))
+
+    async def terminate(self, master: Master, policy: ProcessPolicy) -> None:
+        pass
+
+    async def wait_exit(self, master: Master, timeout: float) -> bool:
+        await self.stuck.wait()
+        return True
+
+    async def kill(self, master: Master, policy: ProcessPolicy) -> tuple[int, ...]:
+        return ()
+
+    async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
+        if self.broken:
+            raise ProcessError(self.broken, "mend it")
+        return Master(2000 + server.port, 2.0, "/usr/bin/python3", ((2, 2.0),))
+
+
+class HeldProber:
+    """Every probe passes at once, but those of servers in `down`."""
+
+    def __init__(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+        self._known: set[tuple[str, str]] = set()
+        self.down: set[str] = set()
+
+    def set_targets(self, targets: Mapping[tuple[str, str], tuple[Server, Check]]) -> None:
+        for target in targets.keys() - self._known:
+            self.probe_now(*target)
+        self._known = set(targets)
+
+    def probe_now(self, upstream: str, server: str) -> None:
+        ok = server not in self.down
+        self._emit(ProbeResult(upstream, server, ok, "ok" if ok else "refused"))
+
+    async def close(self) -> None:
+        pass
+
+
+class HeldSource:
+    """nginx.conf as the test says."""
+
+    config = NginxConfig((APP, NAMED), unhooked=("legacy",), warnings=("/etc/nginx/nginx.conf:3: odd",))
+
+    async def read(self) -> NginxConfig:
+        return self.config
+
+    async def resolve_again(self) -> NginxConfig | None:
+        return None
+
+
+class House:
+    """Started by `with`; the API is at `socket`, and at `http://` + `address` where `listen` is given."""
+
+    def __init__(self, directory: Path, listen: str | None = None, token: str | None = None) -> None:
+        self.directory = directory
+        self.socket = directory / "run" / "api.sock"
+        self._listen, self._token = listen, token
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="house")
+
+    def __enter__(self) -> House:
+        self._thread.start()
+        try:
+            self.call(self._start())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.call(self._stop())
+        finally:
+            self._end()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run this on the daemon's loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def do(self, work: Callable[[], T]) -> T:
+        """Call this on the daemon's loop and wait for it."""
+
+        async def inside() -> T:
+            return work()
+
+        return self.call(inside())
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until this holds of the runtime."""
+
+        async def inside() -> None:
+            async with asyncio.timeout(20):
+                while not holds():
+                    await self.runtime.changed(self.runtime.version, 0.5)
+
+        self.call(inside())
+
+    async def _start(self) -> None:
+        self.plane, self.processes = HeldPlane(), HeldProcesses()
+
+        def prober(emit: Callable[[Event], None]) -> HeldProber:
+            self.prober = HeldProber(emit)
+            return self.prober
+
+        self.runtime = Runtime(
+            clock=TestClock(),
+            plane=self.plane,
+            processes=self.processes,
+            prober=prober,
+            source=HeldSource(),
+            store=SqliteStore(f"sqlite:///{self.directory}/state.db"),
+            check_for=lambda _: Check(),
+        )
+        await self.runtime.start()
+        self.api = ApiServer(self.runtime, self.socket, self._listen, self._token)
+        await self.api.start()
+        while not self.settled():
+            await self.runtime.changed(self.runtime.version, 0.5)
+
+    def settled(self) -> bool:
+        """Every server is up, and nginx serves it so."""
+        state = self.runtime.state
+        up = all(peer.health == "up" for group in state.groups.values() for peer in group.peers.values())
+        return bool(state.groups) and up and self.published()
+
+    def published(self) -> bool:
+        """nginx serves what the state says."""
+        state = self.runtime.state
+        return not state.plane.error and state.plane.revision == state.revision
+
+    def refuse_writes(self) -> None:
+        """From now on every write to the store fails, as on a file system that has become read-only."""
+        store = self.runtime.store
+        assert isinstance(store, SqliteStore)
+        self.call(store._run(lambda db: db.execute("PRAGMA query_only = ON")))
+
+    def until_connections(self, count: int) -> None:
+        """Wait until so many requests are under way at the API."""
+        self.until(lambda: sum(len(server.server_state.tasks) for server in self.api.servers) >= count)
+
+    def tasks(self) -> int:
+        """How many tasks the daemon has."""
+        return self.do(self.count_tasks)
+
+    def count_tasks(self) -> int:
+        """The same, called on the daemon's loop."""
+        return len(asyncio.all_tasks())
+
+    async def _stop(self) -> None:
+        await self.api.stop()
+        await self.runtime.close()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
