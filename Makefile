@@ -19,11 +19,11 @@ help: ## say what there is
 run: packages-run .venv/.run ## restart three live backends under traffic, and look around
 	@exec $(BIN)/headgate demo $${ONCE:+--once}
 
-test: packages-test .venv/.dev ## the tests that take minutes
-	$(BIN)/python -m pytest -m "not slow and not container" tests
+test: packages-test .venv/.dev ## the quick tests
+	$(BIN)/python -m pytest -m "not slow and not container"
 
-test-all: packages-test .venv/.dev ## every test, the slow and the container ones too
-	$(BIN)/python -m pytest tests
+test-all: test ## the slow ones and those with containers, too
+	$(BIN)/python -m pytest -m "slow or container"
 
 lint: packages-test .venv/.dev ## style, types, rooms, Lua
 	$(BIN)/ruff check .

@@ -56,7 +56,8 @@ from controller.ports import (
 
 log = structlog.get_logger("headgate")
 
-IDLE = 1.0  # seconds between two looks at nginx, and between two ticks, while nothing is going on
+IDLE = 1.0  # seconds between two ticks while nothing is going on
+LOOK = 2.0  # seconds between two looks at nginx while nothing is going on
 BUSY = 0.1  # seconds between two ticks while a change runs
 DRAINING = 0.02  # seconds between two readings of the counters while a server empties
 RETRY = (0.05, 2.0)  # seconds to wait after a failure: first, and at most
@@ -464,7 +465,7 @@ class Runtime:
 
     async def _until_emptying(self, version: int) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + IDLE
+        end = loop.time() + (LOOK if self._quiet() else IDLE)
         while (left := end - loop.time()) > 0 and not self._emptying():
             version = await self.changed(version, left)
 
@@ -493,6 +494,12 @@ class Runtime:
                     in_flight = seen.in_flight + counters.native.get(name, 0)
                     warm = (seen.warm_epoch, seen.warm_elapsed, seen.warm_started)
                     self.post(PeerSeen(name, key, counters.revision, in_flight, *warm))
+
+    def _quiet(self) -> bool:
+        """Whether nothing goes on that nginx counts for us: no change, no warm-up."""
+        return not change.running(self.state) and not any(
+            warmup.active(peer.warm_up) for group in self.state.groups.values() for peer in group.peers.values()
+        )
 
     def _emptying(self) -> tuple[str, ...]:
         """The upstreams in which a change waits for requests in flight."""

@@ -1,0 +1,105 @@
+"""`make bench`: the figures that Headgate is to reach, each measured in this run, as a table.
+
+Speed is quoted as a ratio within the run wherever a comparison exists; docs/figures.md says what each row means.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import drains, idle, plane_cpu, probe_cpu, rollout, warming
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured, beside the figure to reach; `reached` is None where the row is there to compare with."""
+
+    what: str
+    measured: str
+    wanted: str
+    reached: bool | None
+
+
+def rollouts() -> Iterator[Row]:
+    """Failed requests over three rollouts, for each worker class."""
+    for worker in rollout.WORKERS:
+        row = rollout.measure(worker)
+        kinds = "".join(f", {kind} {count}" for kind, count in row.failures.items())
+        measured = f"{row.failed} of {row.requests:,} in {row.rollouts} rollouts{kinds}"
+        yield Row(f"failed requests, {worker} workers", measured, "0", row.failed == 0 and row.reloads == 0)
+
+
+def processor_time() -> Iterator[Row]:
+    """nginx worker CPU for each request, beside native nginx and HAProxy."""
+    for servers, limit in ((4, 1.10), (1000, 1.15)):
+        native, lua, haproxy = plane_cpu.compare(servers)
+        of = f"CPU per request, {servers} servers"
+        yield Row(f"{of}: native nginx", f"{native.microseconds:.2f} us", "", None)
+        yield Row(f"{of}: HAProxy", f"{haproxy.microseconds:.2f} us, {haproxy.ratio:.3f} x native", "", None)
+        measured = f"{lua.microseconds:.2f} us, {lua.ratio:.3f} x native"
+        yield Row(f"{of}: Lua plane", measured, f"<= {limit:.2f} x native", lua.ratio <= limit)
+        beside = lua.microseconds / haproxy.microseconds
+        wanted = "<= 1.10 x HAProxy" if servers == 4 else ""
+        yield Row(f"{of}: Lua plane", f"{beside:.3f} x HAProxy", wanted, beside <= 1.10 if wanted else None)
+
+
+def draining() -> Iterator[Row]:
+    """A thousand drains under load."""
+    found = drains.measure()
+    yield Row(f"new requests after a drain's answer, {found.drains:,} drains", str(found.late), "0", found.late == 0)
+    times = f"{found.p99:.1f} ms (median {found.p50:.1f}, worst {found.worst:.1f})"
+    yield Row("drain call, p99", times, "<= 10 ms", found.p99 <= 10)
+    failed = f"{found.failed} of {found.requests:,}"
+    yield Row("failed requests during these drains", failed, "0", found.failed == 0)
+
+
+def ramps() -> Iterator[Row]:
+    """The share of a warming server."""
+    for curve in (1.0, 2.0, 0.5):
+        found = warming.measure(curve=curve)
+        measured = f"{found.off:.2%} off ({found.share:.2%} for {found.formula:.2%})"
+        yield Row(f"warm-up share against the formula, curve {curve:g}", measured, "<= 2 %", found.off <= 0.02)
+
+
+def resting() -> Iterator[Row]:
+    """A daemon with nothing to do, and one that probes a thousand servers."""
+    found = idle.measure()
+    yield Row("idle daemon, 10 upstreams: CPU", f"{found.cpu:.2%} of a core", "<= 0.5 %", found.cpu <= 0.005)
+    yield Row("idle daemon, 10 upstreams: memory", f"{found.memory:.0f} MB", "<= 90 MB", found.memory <= 90)
+    cost = probe_cpu.measure()
+    rate = f"{cost.servers:,} servers probed every second"
+    yield Row(f"{rate}: CPU", f"{cost.cpu:.1%} of a core", "<= 15 %", cost.cpu <= 0.15)
+    yield Row(f"{rate}: memory", f"{cost.rss / 1e6:.0f} MB", "<= 120 MB", cost.rss <= 120e6)
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "rollouts": rollouts,
+    "cpu": processor_time,
+    "drains": draining,
+    "ramps": ramps,
+    "resting": resting,
+}
+
+
+def main(names: list[str]) -> int:
+    """Measure the named parts (all without a name); exit status 0 when every figure was reached."""
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    rows = []
+    for name in names or PARTS:
+        with console.status(f"measuring {name} …"):
+            rows += PARTS[name]()
+    table = Table("what", "measured", "to reach", "")
+    for row in rows:
+        mark = "" if row.reached is None else "[green]yes[/]" if row.reached else "[red]NO[/]"
+        table.add_row(row.what, row.measured, row.wanted, mark)
+    console.print(table)
+    return 0 if all(row.reached is not False for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""CPU that a balancer's worker spends on one proxied request: native nginx, the Lua plane with everything on, HAProxy.
+
+The three take turns within one run on the same backend; each figure is the median over the rounds, and what counts are
+the ratios to native nginx. CPU is the worker's time on a processor as the kernel accounts it (schedstat, nanoseconds),
+not throughput: it is steady where throughput is not. Needs nginx with the Lua module, haproxy and wrk.
+
+    python -m tests.bench.plane_cpu [--servers 4] [--rounds 15] [--seconds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.nginx import Nginx, free_port, missing_parts, wait_until
+
+BACKEND = 'server {{ listen {port}; keepalive_requests 1000000000; location / {{ return 200 "ok"; }} }}'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One balancer: median microseconds of CPU per request, the spread of the rounds, and the ratio to native nginx."""
+
+    name: str
+    microseconds: float
+    low: float
+    high: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running balancer: where it listens, and the process whose CPU counts."""
+
+    name: str
+    port: int
+    pid: int
+
+
+def missing() -> str | None:
+    """Why the benchmark cannot run here, or None."""
+    absent = [tool for tool in ("haproxy", "wrk") if shutil.which(tool) is None]
+    return missing_parts() or (f"not installed: apt-get install {' '.join(absent)}" if absent else None)
+
+
+def addresses(servers: int) -> list[str]:
+    """Distinct loopback addresses; one backend that listens on all of 127.0.0.0/8 serves them."""
+    return [f"127.0.{1 + i // 250}.{1 + i % 250}" for i in range(servers)]
+
+
+def table(ips: list[str], port: int) -> dict[str, object]:
+    """A table with these servers under equal weights."""
+    servers = [
+        {"key": f"{ip}:{port}", "ip": ip, "port": port, "weight": 1.0, "state": "up", "backup": False, "max_conns": 0}
+        for ip in ips
+    ]
+    upstream = {"method": "round_robin", "fail_open": False, "servers": servers}
+    return {"format": 1, "revision": 1, "upstreams": {"app": upstream}}
+
+
+def nginx_http(ips: list[str], backend: int, port: int, hook: str) -> str:
+    """The proxying http{} content; the same for both nginx rows but for the hook."""
+    lines = "\n".join(f"server {ip}:{backend};" for ip in ips)
+    return (
+        f"upstream app {{ {lines}\n{hook}\nkeepalive {max(64, 2 * len(ips))}; keepalive_requests 1000000000; }}\n"
+        f"server {{ listen 127.0.0.1:{port}; keepalive_requests 1000000000;\n"
+        'location / { proxy_http_version 1.1; proxy_set_header Connection ""; proxy_pass http://app; } }'
+    )
+
+
+@contextlib.contextmanager
+def haproxy(ips: list[str], backend: int, port: int) -> Iterator[int]:
+    """HAProxy with one thread, pooled server connections and no logs; yields its pid."""
+    servers = "\n".join(f"  server s{i} {ip}:{backend} pool-max-conn -1" for i, ip in enumerate(ips))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "haproxy.cfg"
+        path.write_text(
+            "global\n  nbthread 1\n  maxconn 4096\n"
+            "defaults\n  mode http\n  http-reuse always\n"
+            "  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
+            f"frontend in\n  bind 127.0.0.1:{port}\n  default_backend app\n"
+            f"backend app\n  balance roundrobin\n{servers}\n"
+        )
+        command = ["haproxy", "-db", "-f", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Time that a process has spent on a processor."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def measure(target: Target, seconds: int, connections: int = 16) -> float:
+    """Microseconds of the target's CPU per request under load from keep-alive connections; all must succeed."""
+    before = cpu_seconds(target.pid)
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{target.port}/"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = cpu_seconds(target.pid)
+    if "Non-2xx" in done or "Socket errors" in done:
+        raise RuntimeError(f"{target.name}: {done}")
+    requests = re.search(r"(\d+) requests in", done)
+    assert requests is not None, done
+    return (after - before) / int(requests[1]) * 1e6
+
+
+def answers(port: int) -> bool:
+    """Does a balancer serve the backend's response?"""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1) as response:
+            return bool(response.read() == b"ok")
+    except OSError:
+        return False
+
+
+def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
+    """Measure the three in turns; rows in the order native, lua, haproxy."""
+    ips, backend = addresses(servers), free_port()
+    ports = [free_port() for _ in range(3)]
+    hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Nginx(BACKEND.format(port=backend), workers=1, plane=False))
+        native = stack.enter_context(Nginx(nginx_http(ips, backend, ports[0], ""), workers=1, plane=False))
+        lua = Nginx(nginx_http(ips, backend, ports[1], hook), workers=1)
+        lua.snapshot.write_text(json.dumps(table(ips, backend)))
+        stack.enter_context(lua)
+        proxy = stack.enter_context(haproxy(ips, backend, ports[2]))
+        targets = [
+            Target("native nginx", ports[0], native.workers()[0]),
+            Target("Lua plane", ports[1], lua.workers()[0]),
+            Target("HAProxy", ports[2], proxy),
+        ]
+        figures: dict[str, list[float]] = {target.name: [] for target in targets}
+        for target in targets:
+            wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
+            measure(target, 1)
+        for _ in range(rounds):
+            for target in targets:
+                figures[target.name].append(measure(target, seconds))
+        if lua.errors():
+            raise RuntimeError("\n".join(lua.errors()))
+    base = statistics.median(figures["native nginx"])
+    return [
+        Row(name, statistics.median(values), min(values), max(values), statistics.median(values) / base)
+        for name, values in figures.items()
+    ]
+
+
+def main() -> None:
+    """Print the comparison as a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=int, default=1)
+    options = parser.parse_args()
+    reason = missing()
+    if reason:
+        raise SystemExit(reason)
+    print(f"worker CPU per proxied request, {options.servers} servers, medians of {options.rounds} rounds")
+    for row in compare(options.servers, options.rounds, options.seconds):
+        print(f"{row.name:<14}{row.microseconds:7.2f} us  ({row.low:.2f}-{row.high:.2f})  {row.ratio:.3f} x native")
+
+
+if __name__ == "__main__":
+    main()
