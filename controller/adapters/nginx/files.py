@@ -1,0 +1,220 @@
+"""nginx's own configuration files to the upstreams that Headgate manages: addresses resolved, policies joined."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from controller.conf.parse import Cache, ConfSyntaxError, ServerLine, Tree, UpstreamBlock, digest, parse
+from controller.core.model import Place, Policy, Server, Upstream
+from controller.ports import ConfigError, NginxConfig
+
+LOOKUP_TIMEOUT = 5.0
+"""Seconds until a host name counts as not resolving for now; the look-up itself goes on and is used when it ends."""
+
+
+class DiskReader:
+    """Files of this machine, for `controller.conf.parse`."""
+
+    def read(self, path: str) -> bytes:
+        """The whole file; OSError."""
+        return Path(path).read_bytes()
+
+    def glob(self, pattern: str) -> Sequence[str]:
+        """What glob(3) finds, sorted by bytes."""
+        return sorted(glob.glob(pattern), key=os.fsencode)
+
+    def digest(self, path: str) -> str:
+        """The digest of a file's content, empty where it cannot be read."""
+        try:
+            return digest(self.read(path))
+        except OSError:
+            return ""
+
+
+class _Witness(DiskReader):
+    """Remembers what was read, and what was not there: the outcome of parsing depends on nothing else."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self.globs: dict[str, tuple[str, ...]] = {}
+
+    def read(self, path: str) -> bytes:
+        self.files[path] = ""
+        content = super().read(path)
+        self.files[path] = digest(content)
+        return content
+
+    def glob(self, pattern: str) -> Sequence[str]:
+        self.globs[pattern] = tuple(super().glob(pattern))
+        return self.globs[pattern]
+
+
+async def lookup(host: str) -> tuple[str, ...]:
+    """All IPv4 and IPv6 addresses of a host name that this machine can use, sorted; OSError. As nginx resolves."""
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+    )
+    return tuple(sorted({str(address[0]) for *_, address in found}))
+
+
+class NginxFiles:
+    """Fulfils ports.ConfigSource for the configuration at `conf`.
+
+    Everything that keeps an upstream from being managed, or a name from being followed, is a sentence in `warnings`;
+    nginx then goes on balancing that upstream by itself.
+
+    `on_read` is told after each reading, a failed one too, what the outcome rests on: every file with the digest of its
+    content (empty where it could not be read), and every include pattern with what it matched.
+    """
+
+    def __init__(
+        self,
+        conf: str,
+        policy_for: Callable[[str], Policy],
+        *,
+        lookup: Callable[[str], Awaitable[tuple[str, ...]]] = lookup,
+        lookup_timeout: float = LOOKUP_TIMEOUT,
+        on_read: Callable[[Mapping[str, str], Mapping[str, tuple[str, ...]]], None] = lambda files, globs: None,
+    ) -> None:
+        self._conf = conf
+        self._policy_for = policy_for
+        self._lookup = lookup
+        self._timeout = lookup_timeout
+        self._on_read = on_read
+        self._cache = Cache()
+        self._lock = asyncio.Lock()
+        self._tree: Tree | None = None
+        self._config: NginxConfig | None = None
+        self._addresses: dict[str, tuple[str, ...]] = {}
+        self._failures: dict[str, str] = {}
+        self._pending: dict[str, asyncio.Future[tuple[str, ...]]] = {}
+
+    @property
+    def parsed(self) -> int:
+        """How many files were parsed until now; a file whose content is the same as before is not parsed again."""
+        return self._cache.parsed
+
+    async def read(self) -> NginxConfig:
+        """Parse the files in a thread and resolve host names (one that fails keeps its last addresses); ConfigError."""
+        async with self._lock:
+            reader = _Witness()
+            try:
+                tree = await asyncio.to_thread(parse, self._conf, reader, self._cache)
+            except ConfSyntaxError as error:
+                raise ConfigError(str(error), "correct it and see what `nginx -t` says") from error
+            finally:
+                self._on_read(reader.files, reader.globs)
+            self._tree = tree
+            self._config = await self._resolved(tree)
+            return self._config
+
+    async def resolve_again(self) -> NginxConfig | None:
+        """Look the host names up again, without parsing; None when nothing has changed or nothing was read yet."""
+        async with self._lock:
+            if self._tree is None or not _names(self._tree):
+                return None
+            config = await self._resolved(self._tree)
+            if config == self._config:
+                return None
+            self._config = config
+            return config
+
+    async def _resolved(self, tree: Tree) -> NginxConfig:
+        await self._resolve(_names(tree))
+        upstreams, warnings = [], []
+        for block in tree.upstreams:
+            if block.obstacle:
+                warnings.append(f"{block.obstacle} (not managed)")
+            if not block.hooked or block.obstacle:
+                continue
+            lines, notes = _merged(block)
+            warnings += notes
+            missing = False
+            for line in lines:
+                if error := self._failures.get(line.host):
+                    last = self._addresses.get(line.host)
+                    outcome = f"going on with {', '.join(last)}" if last else f"{block.name} is left to nginx"
+                    warnings.append(f"{line.place}: {line.host} does not resolve ({error}); {outcome}")
+                    missing |= not last
+            if not missing:
+                servers = tuple(server for line in lines for server in self._servers(line))
+                place = Place(*block.place)
+                upstreams.append(Upstream(block.name, servers, policy=self._policy_for(block.name), place=place))
+        unhooked = tuple(block.name for block in tree.upstreams if not block.hooked)
+        return NginxConfig(tuple(upstreams), unhooked, tree.files, tuple(dict.fromkeys(warnings)))
+
+    async def _resolve(self, names: Iterable[str]) -> None:
+        """Bring `_addresses` and `_failures` up to date. A look-up that takes too long is not started a second time."""
+        names = set(names)
+        for name in names - self._pending.keys():
+            self._pending[name] = asyncio.ensure_future(self._lookup(name))
+        if names:
+            await asyncio.wait([self._pending[name] for name in names], timeout=self._timeout)
+        self._failures = {}
+        for name in names:
+            if not self._pending[name].done():
+                self._failures[name] = f"no answer within {self._timeout:g} s"
+                continue
+            try:
+                self._addresses[name] = self._pending.pop(name).result()
+            except (OSError, UnicodeError) as error:
+                self._failures[name] = getattr(error, "strerror", None) or str(error)
+
+    def _servers(self, line: ServerLine) -> list[Server]:
+        first = Server(
+            key=line.address,
+            address=line.address,
+            ip=f"unix:{line.unix}" if line.unix else line.host,
+            port=line.port,
+            weight=line.weight,
+            backup=line.backup,
+            down=line.down,
+            max_conns=line.max_conns,
+            place=Place(*line.place),
+        )
+        if not _is_name(line):
+            return [first]
+        return [replace(first, key=f"{line.address}@{ip}", ip=ip) for ip in self._addresses[line.host]]
+
+
+def _names(tree: Tree) -> set[str]:
+    managed = (block for block in tree.upstreams if block.hooked and not block.obstacle)
+    return {line.host for block in managed for line in block.servers if _is_name(line)}
+
+
+def _is_name(line: ServerLine) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, line.host)
+        except OSError:
+            continue
+        return False
+    return bool(line.host)
+
+
+def _merged(block: UpstreamBlock) -> tuple[list[ServerLine], list[str]]:
+    """The lines of an upstream with those of one address joined, for a server is drained as a whole.
+
+    nginx takes two equal lines for two peers; one with the sum of weights gets the same share. Lines that take no
+    part (`down`, and `backup` beside a primary) add nothing.
+    """
+    by_address: dict[tuple[str, int, str], list[ServerLine]] = {}
+    for line in block.servers:
+        by_address.setdefault((line.host.lower(), line.port, line.unix), []).append(line)
+    lines, notes = [], []
+    for same in by_address.values():
+        serving = [line for line in same if not line.down] or same
+        serving = [line for line in serving if not line.backup] or serving
+        conns = [line.max_conns for line in serving]
+        weight = sum(line.weight for line in serving)
+        lines.append(replace(serving[0], weight=weight, max_conns=sum(conns) if all(conns) else 0))
+        if len(same) > 1:
+            places = " and ".join(str(line.place) for line in same)
+            notes.append(f"{places}: {same[0].address} stands {len(same)} times in {block.name}; taken as one")
+    return lines, notes

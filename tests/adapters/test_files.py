@@ -1,0 +1,169 @@
+"""NginxFiles on real files, with a look-up of names that the tests own."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from controller.adapters.nginx.files import NginxFiles, lookup
+from controller.core.model import Place, Policy, Server, WarmUpPolicy
+from controller.ports import ConfigError, NginxConfig
+
+POLICY = Policy(warm_up=WarmUpPolicy(duration=7.0))
+
+
+class Names:
+    """A name server in memory; a name that is not in `known` does not resolve, one in `silent` never answers."""
+
+    def __init__(self, **known: tuple[str, ...]) -> None:
+        self.known = known
+        self.silent: dict[str, asyncio.Event] = {}
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str) -> tuple[str, ...]:
+        self.asked.append(host)
+        if host in self.silent:
+            await self.silent[host].wait()
+        if host not in self.known:
+            raise OSError(-2, "Name or service not known")
+        return self.known[host]
+
+
+class House:
+    """A configuration file and its source."""
+
+    def __init__(self, folder: Path, names: Names) -> None:
+        self.path = folder / "nginx.conf"
+        self.files = NginxFiles(str(self.path), lambda name: POLICY, lookup=names, lookup_timeout=0.2)
+
+    def write(self, servers: str, more: str = "") -> None:
+        hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
+        self.path.write_text(f"events {{}}\nhttp {{\nupstream app {{\n{servers}\n{hook}\n}}\n{more}\n}}")
+
+    async def read(self, servers: str, more: str = "") -> NginxConfig:
+        self.write(servers, more)
+        return await self.files.read()
+
+
+@pytest.fixture
+def names() -> Names:
+    return Names(app=("10.0.0.1", "10.0.0.2"))
+
+
+@pytest.fixture
+def house(tmp_path: Path, names: Names) -> House:
+    return House(tmp_path, names)
+
+
+async def test_literal_addresses_become_servers_under_the_address_as_written(house: House) -> None:
+    config = await house.read("server 127.0.0.1:81 weight=3 max_conns=5;\nserver [::1] backup;\nserver unix:/a down;")
+    place = str(house.path)
+    assert config.upstreams[0].servers == (
+        Server("127.0.0.1:81", "127.0.0.1:81", "127.0.0.1", 81, 3, max_conns=5, place=Place(place, 4)),
+        Server("[::1]", "[::1]", "::1", 80, backup=True, place=Place(place, 5)),
+        Server("unix:/a", "unix:/a", "unix:/a", 0, down=True, place=Place(place, 6)),
+    )
+    assert config.upstreams[0].policy == POLICY
+    assert config.upstreams[0].place == Place(place, 3)
+    assert (config.files, config.warnings) == ((place,), ())
+
+
+async def test_a_name_becomes_one_server_for_each_address(house: House) -> None:
+    config = await house.read("server app:82 weight=2;")
+    assert [(each.key, each.address, each.ip, each.port, each.weight) for each in config.upstreams[0].servers] == [
+        ("app:82@10.0.0.1", "app:82", "10.0.0.1", 82, 2),
+        ("app:82@10.0.0.2", "app:82", "10.0.0.2", 82, 2),
+    ]
+
+
+async def test_names_are_followed_without_reading_the_file_again(house: House, names: Names) -> None:
+    await house.read("server app:82;")
+    house.path.unlink()
+    assert await house.files.resolve_again() is None
+    names.known["app"] = ("10.0.0.3",)
+    config = await house.files.resolve_again()
+    assert config is not None
+    assert [each.ip for each in config.upstreams[0].servers] == ["10.0.0.3"]
+    assert await house.files.resolve_again() is None
+
+
+async def test_without_names_nothing_is_looked_up(house: House, names: Names) -> None:
+    assert await house.files.resolve_again() is None
+    await house.read("server 127.0.0.1;", "upstream other { server app; }")
+    assert await house.files.resolve_again() is None
+    assert names.asked == []
+
+
+async def test_a_name_that_stops_resolving_keeps_its_addresses_and_is_told(house: House, names: Names) -> None:
+    before = await house.read("server app:82;")
+    addresses = names.known.pop("app")
+    config = await house.files.resolve_again()
+    assert config is not None
+    assert config.upstreams == before.upstreams
+    assert config.warnings == (
+        f"{house.path}:4: app does not resolve (Name or service not known); going on with 10.0.0.1, 10.0.0.2",
+    )
+    names.known["app"] = addresses
+    assert await house.files.resolve_again() == before
+
+
+async def test_an_upstream_with_a_name_that_never_resolved_is_left_to_nginx(house: House, names: Names) -> None:
+    config = await house.read("server 127.0.0.1:81;\nserver gone:82;")
+    assert config.upstreams == ()
+    assert config.warnings == (
+        f"{house.path}:5: gone does not resolve (Name or service not known); app is left to nginx",
+    )
+    names.known["gone"] = ("10.0.0.9",)
+    config = await house.files.resolve_again()
+    assert [each.ip for each in config.upstreams[0].servers] == ["127.0.0.1", "10.0.0.9"]
+
+
+async def test_a_name_server_that_does_not_answer_is_not_asked_twice_at_once(house: House, names: Names) -> None:
+    names.silent["app"] = asyncio.Event()
+    config = await house.read("server app;")
+    assert "no answer within 0.2 s" in config.warnings[0]
+    assert await house.files.resolve_again() is None
+    assert names.asked == ["app"]
+    names.silent["app"].set()
+    config = await house.files.resolve_again()
+    assert len(config.upstreams[0].servers) == 2
+    assert names.asked == ["app"]
+
+
+async def test_lines_of_one_address_are_one_server_with_their_weights_added(house: House) -> None:
+    config = await house.read(
+        "server 127.0.0.1 weight=2 max_conns=3;\nserver 127.0.0.1:80 max_conns=4;\n"
+        "server 127.0.0.1:80 weight=9 down;\nserver 127.0.0.1:80 weight=9 backup;\nserver 127.0.0.1:81;"
+    )
+    first, second = config.upstreams[0].servers
+    assert (first.key, first.weight, first.max_conns, first.down, first.backup) == ("127.0.0.1", 3, 7, False, False)
+    assert (second.key, second.weight) == ("127.0.0.1:81", 1)
+    assert "127.0.0.1 stands 4 times in app; taken as one" in config.warnings[0]
+
+
+async def test_upstreams_without_a_hook_are_named_and_those_with_an_obstacle_are_explained(house: House) -> None:
+    hook = 'balancer_by_lua_block { require("headgate").balance("least") }'
+    more = f"upstream plain {{ server a; }}\nupstream least {{ least_conn; server b; {hook} }}"
+    config = await house.read("server 127.0.0.1;", more)
+    assert [each.name for each in config.upstreams] == ["app"]
+    assert config.unhooked == ("plain",)
+    assert config.warnings[0].startswith(f'{house.path}:8: upstream "least" is balanced by least_conn')
+
+
+async def test_a_broken_file_is_a_config_error_that_names_file_and_line(house: House) -> None:
+    await house.read("server app;")
+    house.write("server 127.0.0.1")
+    with pytest.raises(ConfigError, match=rf"in {house.path}:5 \(.*nginx -t"):
+        await house.files.read()
+    assert await house.files.resolve_again() is None
+
+
+async def test_names_are_looked_up_as_this_machine_does(tmp_path: Path) -> None:
+    assert "127.0.0.1" in await lookup("localhost")
+    too_long = "a" * 64
+    hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
+    path = tmp_path / "nginx.conf"
+    path.write_text(f"http {{ upstream app {{ server {too_long}; {hook} }} }}")
+    config = await NginxFiles(str(path), lambda name: POLICY).read()
+    assert config.upstreams == ()
+    assert f"{path}:1: {too_long} does not resolve" in config.warnings[0]
