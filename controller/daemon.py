@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import sys
@@ -15,18 +16,19 @@ from pathlib import Path
 import structlog
 
 from controller.adapters.clock import SystemClock
-from controller.adapters.nginx.files import NginxFiles
+from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.nginx.lua import LuaPlane
 from controller.adapters.notify import Notifier
 from controller.adapters.probe import HttpProber
 from controller.adapters.process import Processes
 from controller.adapters.store.sqlite import SqliteStore
+from controller.adapters.watch import Watcher
 from controller.api.serve import ApiServer, read_token
 from controller.core.model import Policy
 from controller.errors import HeadgateError, SettingsError
 from controller.ports import Check
 from controller.runtime import Runtime
-from controller.settings import Settings, load
+from controller.settings import DEFAULT_FILE, Settings, load
 
 log = structlog.get_logger("headgate")
 
@@ -37,11 +39,13 @@ def run(file: str | None) -> int:
     SIGHUP reads settings and nginx.conf again. When the daemon ends, traffic stays exactly as it is, and changes that
     are under way go on in the next life.
     """
+    path = os.path.abspath(file or os.environ.get("HEADGATE_CONFIG") or DEFAULT_FILE)
+    version = DiskReader().digest(path)
     settings = load(file)
     configure_logs(settings)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a thousand first probes start at once
-    return asyncio.run(_Daemon(file, settings).live())
+    return asyncio.run(_Daemon(file, settings, {path: version}).live())
 
 
 def configure_logs(settings: Settings) -> None:
@@ -82,8 +86,9 @@ class _Policies:
 
 
 class _Daemon:
-    def __init__(self, file: str | None, settings: Settings) -> None:
+    def __init__(self, file: str | None, settings: Settings, version: dict[str, str]) -> None:
         self._file = file
+        self._version = version
         self._settings = settings
         self._policies = _Policies(settings)
         self._notifier = Notifier()
@@ -92,12 +97,13 @@ class _Daemon:
     async def live(self) -> int:
         settings, clock = self._settings, SystemClock()
         store = SqliteStore(settings.store.url)
+        watcher = Watcher(lambda paths: self._changed(runtime, paths), self._version)
         runtime = Runtime(
             clock=clock,
             plane=LuaPlane(Path(settings.nginx.control), Path(settings.nginx.snapshot)),
             processes=Processes(),
             prober=HttpProber,
-            source=NginxFiles(settings.nginx.conf, self._policies.policy_for),
+            source=NginxFiles(settings.nginx.conf, self._policies.policy_for, on_read=watcher.follow),
             store=store,
             check_for=self._policies.check_for,
             resolve_interval=settings.nginx.resolve_interval,
@@ -113,6 +119,7 @@ class _Daemon:
             try:
                 await api.start()
                 await runtime.start()
+                watcher.start()
             except HeadgateError as error:
                 log.error("headgate cannot start", error=error.message, remedy=error.remedy)
                 await api.stop()
@@ -126,6 +133,7 @@ class _Daemon:
             for waiting in ended:
                 waiting.cancel()
             self._notifier.stopping()
+            await watcher.close()
             await api.stop()
             await runtime.close()
         log.info("headgate has ended; traffic stays as it is")
@@ -136,6 +144,14 @@ class _Daemon:
         if self._notifier.watchdog and now - self._pinged >= self._notifier.watchdog / 3:
             self._pinged = now
             self._notifier.ping()
+
+    def _changed(self, runtime: Runtime, paths: frozenset[str]) -> None:
+        """Files on disk are other than what we know."""
+        log.info("files have changed", paths=sorted(paths))
+        if not paths.isdisjoint(self._version):
+            self._reload(runtime)
+        else:
+            self._rereading = asyncio.ensure_future(runtime.reread())
 
     def _reload(self, runtime: Runtime) -> None:
         self._notifier.reloading()
