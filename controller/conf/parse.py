@@ -51,6 +51,12 @@ class Reader(Protocol):
         """The paths that match, in nginx's order (sorted by bytes)."""
 
 
+# Lua's short strings, to be kept, and its comments: a `--` within a string begins none.
+_STRING_OR_COMMENT = re.compile(
+    r"""(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|--\[(?P<level>=*)\[.*?\](?P=level)\]|--[^\n]*""", re.DOTALL
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerLine:
     """A `server` line of an upstream. `host` has no brackets; a unix socket has `unix` and neither host nor port.
@@ -222,7 +228,7 @@ class _Parser:
             if not posixpath.isabs(code) or "$" in code:
                 return None, f"{hook.place}: a hook's file is only read under an absolute path; write a hook block"
             code = self._read(code, hook.place).decode("utf-8", "replace")
-        code = re.sub(r"--\[(=*)\[.*?\]\1\]|--[^\n]*", "", code, flags=re.DOTALL)
+        code = _STRING_OR_COMMENT.sub(lambda found: found["string"] or "", code)
         if not re.search(r"""require\s*\(?\s*(["'])headgate\1""", code):
             return None, ""
         if call := re.search(r"""\bbalance\s*\(?\s*(["'])(.*?)\1""", code):

@@ -107,6 +107,11 @@ def test_an_upstream_that_does_not_call_headgate_is_not_hooked(hook: str) -> Non
     assert (block.hooked, block.obstacle) == (False, "")
 
 
+def test_two_hyphens_in_a_string_begin_no_comment() -> None:
+    tree = read('http { upstream a--b { server a; balancer_by_lua_block { require("headgate").balance("a--b") } } }')
+    assert tree.upstreams[0].hooked
+
+
 def test_the_file_of_a_hook_is_read() -> None:
     text = "http { upstream app { server a; balancer_by_lua_file /etc/app.lua; } }"
     tree = read(text, **{"/etc/app.lua": 'require("headgate").balance("app")'})
