@@ -18,6 +18,9 @@ import structlog
 from controller.adapters.clock import SystemClock
 from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.nginx.lua import LuaPlane
+from controller.adapters.nginx.reload import ReloadPlane
+from controller.adapters.nginx.verify import Reloader
+from controller.adapters.nginx.writer import ConfWriter
 from controller.adapters.notify import Notifier
 from controller.adapters.probe import HttpProber
 from controller.adapters.process import Processes
@@ -26,7 +29,7 @@ from controller.adapters.watch import Watcher
 from controller.api.serve import ApiServer, read_token
 from controller.core.model import Policy
 from controller.errors import HeadgateError, SettingsError
-from controller.ports import Check
+from controller.ports import Check, Clock, DataPlane
 from controller.runtime import Runtime
 from controller.settings import DEFAULT_FILE, Settings, load
 
@@ -98,12 +101,13 @@ class _Daemon:
         settings, clock = self._settings, SystemClock()
         store = SqliteStore(settings.store.url)
         watcher = Watcher(lambda paths: self._changed(runtime, paths), self._version)
+        plane, source = _data_plane(settings, self._policies, clock, watcher)
         runtime = Runtime(
             clock=clock,
-            plane=LuaPlane(Path(settings.nginx.control), Path(settings.nginx.snapshot)),
+            plane=plane,
             processes=Processes(),
             prober=HttpProber,
-            source=NginxFiles(settings.nginx.conf, self._policies.policy_for, on_read=watcher.follow),
+            source=source,
             store=store,
             check_for=self._policies.check_for,
             resolve_interval=settings.nginx.resolve_interval,
@@ -163,6 +167,30 @@ class _Daemon:
         reading = asyncio.ensure_future(runtime.reread())
         reading.add_done_callback(lambda _: self._notifier.ready("serving"))
         self._rereading = reading  # a task that nobody holds may vanish
+
+
+def _data_plane(
+    settings: Settings, policies: _Policies, clock: Clock, watcher: Watcher
+) -> tuple[DataPlane, NginxFiles]:
+    """Where tables go, and how nginx.conf is read for it.
+
+    On the Lua plane an upstream is managed that has our hook. The reload plane needs no hook: there the upstreams are
+    managed that headgate.toml names.
+    """
+    nginx = settings.nginx
+    if nginx.data_plane == "lua":
+        plane = LuaPlane(Path(nginx.control), Path(nginx.snapshot))
+        return plane, NginxFiles(nginx.conf, policies.policy_for, on_read=watcher.follow)
+    reloader = Reloader(Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file))
+    writer = ConfWriter(settings.journal, reloader.check)
+    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, writer, reloader, clock)
+    return reloads, NginxFiles(
+        nginx.conf,
+        policies.policy_for,
+        on_read=watcher.follow,
+        managed=lambda block: block.name in policies.settings.upstream,
+        meant=reloads.without_ours,
+    )
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     assert refusal(
         """
         [nginx]
-        data_plane = "reload"
+        data_plane = "envoy"
         [log]
         level = "loud"
         [defaults.check]
@@ -108,8 +108,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         """,
         HEADGATE_LOG__FORMAT="xml",
     ) == [
-        'headgate.toml: nginx.data_plane: "reload" is not there yet; '
-        'write "lua" and load nginx\'s Lua module (libnginx-mod-http-lua)',
+        "headgate.toml: nginx.data_plane: 'envoy' is not known; write 'lua' or 'reload'",
         "headgate.toml: log.level: 'loud' is not known; write 'debug', 'info', 'warning' or 'error'",
         "HEADGATE_LOG__FORMAT: log.format: 'xml' is not known; write 'console' or 'json'",
         "headgate.toml: defaults.check.timeout: '2 parsecs' is no duration; "

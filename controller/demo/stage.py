@@ -29,6 +29,7 @@ import psutil
 
 import controller
 from controller.adapters.nginx.lua import render_include
+from controller.adapters.nginx.verify import version_include
 from controller.client import Client
 from controller.core.model import WarmUpPolicy
 from controller.demo.sweep import MARK, sweep
@@ -66,7 +67,7 @@ http {{
 
     upstream {upstream} {{
         {servers}
-        balancer_by_lua_block {{ require("headgate").balance("{upstream}") }}
+        {hook}
         keepalive 16;
         keepalive_timeout 2s;  # below gunicorn's --keep-alive
     }}
@@ -198,11 +199,15 @@ def until(done: Callable[[], bool], what: str, timeout: float, log: Path) -> Non
 class Stage:
     """A context: on entry everything runs and the daemon has seen every server up; on exit nothing is left.
 
-    `worker` is a key of WORKERS, `warm_up` its seconds. `servers` gunicorn masters stand behind one nginx at `url`.
+    `worker` is a key of WORKERS, `warm_up` its seconds. `servers` gunicorn masters stand behind one nginx at `url`; on the
+    `data_plane` reload it is a plain nginx, without the Lua module.
     """
 
-    def __init__(self, worker: str = "uvicorn", *, servers: int = 3, warm_up: float = 6.0) -> None:
+    def __init__(
+        self, worker: str = "uvicorn", *, servers: int = 3, warm_up: float = 6.0, data_plane: str = "lua"
+    ) -> None:
         self.worker = worker
+        self.data_plane = data_plane
         self.warm_up = WarmUpPolicy(duration=warm_up, curve=1.0, floor=0.1, starts="healthy")
         self._count = servers
         if missing := [name for name in ("gunicorn", "uvicorn_worker") if find_spec(name) is None]:
@@ -357,27 +362,36 @@ class Stage:
             # The prefix is private to us, so root's workers have to be root's.
             user="user root;\n" if root else "",
             prefix=self.prefix,
-            modules=self._nginx.modules,
+            modules=self._nginx.modules if self.data_plane == "lua" else "",
+            hook=f'balancer_by_lua_block {{ require("headgate").balance("{UPSTREAM}") }}' * (self.data_plane == "lua"),
             upstream=UPSTREAM,
             servers="\n        ".join(f"server {address};" for address in self.addresses),
             address=self.url.removeprefix("http://"),
         )
-        include = render_include(
+        (self.prefix / "nginx.conf").write_text(conf)
+        (self.prefix / "headgate.conf").write_bytes(self._include())
+        self.settings.write_text(self._toml())
+
+    def _include(self) -> bytes:
+        """What nginx includes in http{}: the Lua data plane, or the version that the reload plane proves itself by."""
+        if self.data_plane == "reload":
+            return version_include(self.prefix / "version.sock", "0")
+        return render_include(
             (nginx_dir() / "headgate.conf").read_text(),
             lua=str(lua_dir()),
             socket=str(self.prefix / "nginx.sock"),
             snapshot=str(self.prefix / "table.json"),
-        )
-        (self.prefix / "nginx.conf").write_text(conf)
-        (self.prefix / "headgate.conf").write_text(include)
-        self.settings.write_text(self._toml())
+        ).encode()
 
     def _toml(self) -> str:
         text = json.dumps  # a JSON string is a TOML string
         warm = self.warm_up
         return f"""\
 [nginx]
+data_plane = {text(self.data_plane)}
 conf = {text(str(self.prefix / "nginx.conf"))}
+version_socket = {text(str(self.prefix / "version.sock"))}
+version_file = {text(str(self.prefix / "headgate.conf"))}
 control = {text(str(self.prefix / "nginx.sock"))}
 snapshot = {text(str(self.prefix / "table.json"))}
 

@@ -71,6 +71,9 @@ class NginxFiles:
 
     `on_read` is told after each reading, a failed one too, what the outcome rests on: every file with the digest of its
     content (empty where it could not be read), and every include pattern with what it matched.
+
+    `managed` says which upstreams are ours (those with our hook, on the Lua plane); `meant` gives back the configuration
+    as its author means it, without what a plane of ours has written into it.
     """
 
     def __init__(
@@ -81,12 +84,16 @@ class NginxFiles:
         lookup: Callable[[str], Awaitable[tuple[str, ...]]] = lookup,
         lookup_timeout: float = LOOKUP_TIMEOUT,
         on_read: Callable[[Mapping[str, str], Mapping[str, tuple[str, ...]]], None] = lambda files, globs: None,
+        managed: Callable[[UpstreamBlock], bool] = lambda block: block.hooked,
+        meant: Callable[[Tree], Tree] = lambda tree: tree,
     ) -> None:
         self._conf = conf
         self._policy_for = policy_for
         self._lookup = lookup
         self._timeout = lookup_timeout
         self._on_read = on_read
+        self._managed = managed
+        self._meant = meant
         self._cache = Cache()
         self._lock = asyncio.Lock()
         self._tree: Tree | None = None
@@ -105,7 +112,7 @@ class NginxFiles:
         async with self._lock:
             reader = _Witness()
             try:
-                tree = await asyncio.to_thread(parse, self._conf, reader, self._cache)
+                tree = await asyncio.to_thread(lambda: self._meant(parse(self._conf, reader, self._cache)))
             except ConfSyntaxError as error:
                 raise ConfigError(str(error), "correct it and see what `nginx -t` says") from error
             finally:
@@ -117,7 +124,7 @@ class NginxFiles:
     async def resolve_again(self) -> NginxConfig | None:
         """Look the host names up again, without parsing; None when nothing has changed or nothing was read yet."""
         async with self._lock:
-            if self._tree is None or not _names(self._tree):
+            if self._tree is None or not self._names(self._tree):
                 return None
             config = await self._resolved(self._tree)
             if config == self._config:
@@ -126,12 +133,12 @@ class NginxFiles:
             return config
 
     async def _resolved(self, tree: Tree) -> NginxConfig:
-        await self._resolve(_names(tree))
+        await self._resolve(self._names(tree))
         upstreams, warnings = [], []
         for block in tree.upstreams:
             if block.obstacle:
                 warnings.append(f"{block.obstacle} (not managed)")
-            if not block.hooked or block.obstacle:
+            if not self._managed(block) or block.obstacle:
                 continue
             lines, notes = _merged(block)
             warnings += notes
@@ -146,8 +153,12 @@ class NginxFiles:
                 servers = tuple(server for line in lines for server in self._servers(line))
                 place = Place(*block.place)
                 upstreams.append(Upstream(block.name, servers, policy=self._policy_for(block.name), place=place))
-        unhooked = tuple(block.name for block in tree.upstreams if not block.hooked)
+        unhooked = tuple(block.name for block in tree.upstreams if not self._managed(block))
         return NginxConfig(tuple(upstreams), unhooked, tree.files, tuple(dict.fromkeys(warnings)))
+
+    def _names(self, tree: Tree) -> set[str]:
+        managed = (block for block in tree.upstreams if self._managed(block) and not block.obstacle)
+        return {line.host for block in managed for line in block.servers if _is_name(line)}
 
     async def _resolve(self, names: Iterable[str]) -> None:
         """Bring `_addresses` and `_failures` up to date. A look-up that takes too long is not started a second time."""
@@ -181,11 +192,6 @@ class NginxFiles:
         if not _is_name(line):
             return [first]
         return [replace(first, key=f"{line.address}@{ip}", ip=ip) for ip in self._addresses[line.host]]
-
-
-def _names(tree: Tree) -> set[str]:
-    managed = (block for block in tree.upstreams if block.hooked and not block.obstacle)
-    return {line.host for block in managed for line in block.servers if _is_name(line)}
 
 
 def _is_name(line: ServerLine) -> bool:
