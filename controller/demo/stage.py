@@ -199,8 +199,8 @@ def until(done: Callable[[], bool], what: str, timeout: float, log: Path) -> Non
 class Stage:
     """A context: on entry everything runs and the daemon has seen every server up; on exit nothing is left.
 
-    `worker` is a key of WORKERS, `warm_up` its seconds. `servers` gunicorn masters stand behind one nginx at `url`; on the
-    `data_plane` reload it is a plain nginx, without the Lua module.
+    `worker` is a key of WORKERS, `warm_up` its seconds. `servers` gunicorn masters stand behind one nginx at `url`; on
+    the `data_plane` reload it is a plain nginx, without the Lua module.
     """
 
     def __init__(

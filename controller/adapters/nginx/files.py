@@ -72,8 +72,8 @@ class NginxFiles:
     `on_read` is told after each reading, a failed one too, what the outcome rests on: every file with the digest of its
     content (empty where it could not be read), and every include pattern with what it matched.
 
-    `managed` says which upstreams are ours (those with our hook, on the Lua plane); `meant` gives back the configuration
-    as its author means it, without what a plane of ours has written into it.
+    `managed` says which upstreams are ours (those with our hook, on the Lua plane); `meant` gives back the
+    configuration as its author means it, without what a plane of ours has written into it.
     """
 
     def __init__(
