@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
+from controller import cli_conf, cli_doctor
 from controller import cli_view as view
 from controller.client import Client, Json
 from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
@@ -259,6 +260,10 @@ def include(context: typer.Context) -> None:
 def version() -> None:
     """Print the version."""
     print(f"headgate {distribution_version('headgate')}")
+
+
+cli_doctor.register(app)
+cli_conf.register(app)
 
 
 # --- behind the commands ------------------------------------------------------------------------------------------

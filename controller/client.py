@@ -16,6 +16,7 @@ from controller.errors import ApiError, DaemonUnreachable
 
 Json = dict[str, Any]
 
+_READING = 20.0  # seconds that reading a large nginx.conf with host names may take
 _TIMEOUT = 10.0  # seconds for an answer, beside the seconds that a call asks to wait
 _PATIENCE = 30.0  # seconds that a restart of the daemon may take while somebody follows something
 _SILENCE = 40.0  # seconds without even a comment after which an event stream counts as lost
@@ -54,6 +55,10 @@ class Client:
         """Make a server `ready`, `drain` it, or put it under `maint`; `{"revision", "change"}` once nginx follows."""
         path = f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/admin"
         return self._call("PUT", path, body={"admin": admin, "force": force})
+
+    def reread(self) -> Json:
+        """Have nginx.conf read again now; `{"revision", "warnings"}` once nginx follows."""
+        return self._call("POST", "/v1/config/read", timeout=_TIMEOUT + _READING)
 
     def begin_change(
         self,

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import structlog
 
+from controller import adopt
 from controller.adapters.clock import SystemClock
 from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.nginx.lua import LuaPlane
 from controller.adapters.nginx.reload import ReloadPlane
 from controller.adapters.nginx.verify import Reloader
-from controller.adapters.nginx.writer import ConfWriter
 from controller.adapters.notify import Notifier
 from controller.adapters.probe import HttpProber
 from controller.adapters.process import Processes
@@ -122,6 +122,8 @@ class _Daemon:
         ):
             try:
                 await api.start()
+                for sentence in await adopt.recover(settings):
+                    log.warning(sentence)
                 await runtime.start()
                 watcher.start()
             except HeadgateError as error:
@@ -182,8 +184,7 @@ def _data_plane(
         plane = LuaPlane(Path(nginx.control), Path(nginx.snapshot))
         return plane, NginxFiles(nginx.conf, policies.policy_for, on_read=watcher.follow)
     reloader = Reloader(Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file))
-    writer = ConfWriter(settings.journal, reloader.check)
-    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, writer, reloader, clock)
+    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, adopt.writer(settings), reloader, clock)
     return reloads, NginxFiles(
         nginx.conf,
         policies.policy_for,

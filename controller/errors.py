@@ -4,9 +4,15 @@
     ├── SettingsError       headgate.toml: names the key
     ├── ApiError            the daemon answered with the one error shape
     ├── DaemonUnreachable   no daemon at the socket
-    └── (controller.ports)  PlaneUnreachable, PlaneRefused, ProcessError, ConfigError, StoreError
+    ├── (controller.ports)  PlaneUnreachable, PlaneRefused, ProcessError, ConfigError, StoreError
+    ├── (api/serve.py)      ListenError
+    ├── (nginx/writer.py)   Changed, CheckFailed, WriteFailed
+    ├── (nginx/verify.py)   ReloadFailed
+    ├── (nginx/check.py)    NginxMissing
+    └── (adopt.py)          CannotAdopt
 
-A wish that a guard refuses is `controller.core.model.Refused`: an answer, not a fault.
+The pure rooms have their own: a wish that a guard refuses is `core.model.Refused`, an edit that cannot be made as meant
+`conf.draft.EditRefused`, a configuration that cannot be read `conf.parse.ConfSyntaxError`.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Runtime:
         except ConfigError as error:
             self.post(ConfigFailed(str(error)))
         else:
-            self._take_config(config)
+            self.post(self._understood(config))
 
     # --- for callers ----------------------------------------------------------------------------------------------
 
@@ -193,6 +193,16 @@ class Runtime:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Asked(event, answer))
         return await answer
+
+    async def read_config(self) -> NginxConfig:
+        """Read nginx's configuration again, and return when the state follows it; ConfigError, shown there as well."""
+        try:
+            config = await self._source.read()
+        except ConfigError as error:
+            await self._tell(ConfigFailed(str(error)))
+            raise
+        await self._tell(self._understood(config))
+        return config
 
     async def published(self, seconds: float) -> None:
         """Return when nginx serves everything decided until now; PlaneUnreachable when it does not within `seconds`."""
@@ -518,14 +528,14 @@ class Runtime:
             await asyncio.sleep(self._resolve_interval)
             config = await self._source.resolve_again()
             if config is not None:
-                self._take_config(config)
+                self.post(self._understood(config))
 
-    def _take_config(self, config: NginxConfig) -> None:
+    def _understood(self, config: NginxConfig) -> ConfigRead:
         if self.config is None or config.warnings != self.config.warnings:
             for warning in config.warnings:
                 log.warning(warning)
         self.config = config
-        self.post(ConfigRead(config.upstreams))
+        return ConfigRead(config.upstreams)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -96,12 +96,6 @@ def _store(url: str) -> str:
     return url
 
 
-def _plane(value: object) -> object:
-    if value == "reload":
-        raise ValueError('"reload" is not there yet; write "lua" and load nginx\'s Lua module (libnginx-mod-http-lua)')
-    return value
-
-
 def _listen(value: str) -> str:
     if value:
         host, _, port = value.rpartition(":")
@@ -130,9 +124,12 @@ class Nginx(_Table):
     """[nginx]: which nginx this is, and how it is reached."""
 
     conf: AbsolutePath = "/etc/nginx/nginx.conf"
-    data_plane: Annotated[Literal["lua"], BeforeValidator(_plane)] = "lua"
+    data_plane: Literal["lua", "reload"] = "lua"
     control: AbsolutePath = "/run/headgate/nginx.sock"
     snapshot: AbsolutePath = "/var/lib/headgate/table.json"
+    include: AbsolutePath = "/etc/headgate/nginx-http.conf"
+    version_socket: AbsolutePath = "/run/headgate/version.sock"
+    version_file: AbsolutePath = "/var/lib/headgate/version.conf"
     resolve_interval: PositiveDuration = 10.0
 
 
@@ -273,6 +270,19 @@ class Settings(_Table):
     log: Log = Log()
     defaults: Tables = Tables()
     upstream: dict[str, Tables] = {}
+
+    @property
+    def journal(self) -> Path:
+        """The directory for what is under way in nginx's files, beside the store."""
+        return self._beside_store("edits")
+
+    @property
+    def nginx_state(self) -> Path:
+        """The file in which the reload plane remembers what it wrote, beside the store."""
+        return self._beside_store("reload.json")
+
+    def _beside_store(self, name: str) -> Path:
+        return Path(self.store.url.removeprefix("sqlite:///")).with_name(name)
 
     def policy_for(self, upstream: str) -> Policy:
         """What decisions about this upstream rest on."""

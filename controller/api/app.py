@@ -24,7 +24,7 @@ from controller.core.change import group_of, resolve
 from controller.core.events import AdminWished, ChangeWished
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Refused
 from controller.errors import HeadgateError
-from controller.ports import PlaneRefused, PlaneUnreachable, StoreError
+from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable, StoreError
 
 PUBLISH_SECONDS = 5.0
 """How long a call waits for nginx to serve what was wished."""
@@ -124,12 +124,18 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastA
             outcome = await runtime.wish(ChangeWished(ChangeKind.DRAIN, upstream, keys, len(keys), wish.force))
         else:
             outcome = await runtime.wish(AdminWished(upstream, server, wish.admin, wish.force))
-        try:
-            await runtime.published(PUBLISH_SECONDS)
-        except (PlaneUnreachable, PlaneRefused) as error:
-            remedy = error.remedy or "the wish is recorded and nginx follows it as soon as it answers"
-            raise _Failed(503, "not_published", error.message, remedy) from error
+        await _published(runtime)
         return wire.AdminAnswer(revision=runtime.state.revision, change=outcome.change)
+
+    @app.post("/v1/config/read", tags=["daemon"])
+    async def read_config() -> wire.ConfigAnswer:
+        """Read nginx.conf again now; answers when nginx follows it."""
+        try:
+            config = await runtime.read_config()
+        except ConfigError as error:
+            raise _Failed(422, "config", error.message, error.remedy) from error
+        await _published(runtime)
+        return wire.ConfigAnswer(revision=runtime.state.revision, warnings=list(config.warnings))
 
     @app.post("/v1/changes", tags=["changes"], status_code=202)
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
@@ -250,6 +256,14 @@ def _error(status: int, code: str, message: str, remedy: str, headers: dict[str,
     body = wire.ErrorAnswer(error=wire.Problem.model_construct(code=code, message=message, remedy=remedy))
     # Escaped, for a message may quote what was sent, and that need not be valid Unicode.
     return Response(json.dumps(body.model_dump(warnings=False)), status, headers, "application/json")
+
+
+async def _published(runtime: Runtime) -> None:
+    try:
+        await runtime.published(PUBLISH_SECONDS)
+    except (PlaneUnreachable, PlaneRefused) as error:
+        remedy = error.remedy or "the wish is recorded and nginx follows it as soon as it answers"
+        raise _Failed(503, "not_published", error.message, remedy) from error
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:

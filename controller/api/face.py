@@ -44,6 +44,9 @@ class Runtime(Protocol):
     async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
         """Decide and store; Refused, StoreError."""
 
+    async def read_config(self) -> NginxConfig:
+        """Read nginx's configuration again and return when the state follows it; ConfigError."""
+
     async def published(self, seconds: float) -> None:
         """Return when nginx serves the state's revision; PlaneUnreachable or PlaneRefused when it is not in time."""
 

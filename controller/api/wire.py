@@ -163,6 +163,13 @@ class AdminAnswer(BaseModel):
     change: int | None
 
 
+class ConfigAnswer(BaseModel):
+    """nginx.conf was read, and nginx serves this table revision, which follows from it."""
+
+    revision: int
+    warnings: list[str]
+
+
 class ChangeBegun(BaseModel):
     """The change that was begun."""
 

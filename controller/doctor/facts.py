@@ -16,8 +16,9 @@ import psutil
 
 from controller.adapters.nginx import check
 from controller.adapters.nginx.files import DiskReader
+from controller.conf import tree
 from controller.conf.parse import ConfSyntaxError, parse
-from controller.doctor import servers, tree
+from controller.doctor import servers
 from controller.doctor.model import Facts, Found, Nginx, NginxMaster, NginxWorker, PathFact, PidFile
 from controller.settings import Settings
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from controller.conf.parse import ConfSyntaxError, UpstreamBlock
+from controller.conf.tree import EMPTY, Node, calls
 from controller.core.model import ProcessPolicy, Server
-from controller.doctor.tree import EMPTY, Node, calls
 from controller.settings import DEFAULT_FILE, Settings
 
 # --- facts ------------------------------------------------------------------------------------------------------

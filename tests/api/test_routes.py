@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,36 @@ def test_a_broken_nginx_conf_is_shown_beside_the_last_good_reading(house: House,
     status = client.status()
     assert status["config"] == {"state": "error", "error": "nginx.conf:7: unexpected }"}
     assert len(status["upstreams"]) == 2
+
+
+def test_reading_the_configuration_again_answers_when_nginx_follows_it(house: House, client: Client) -> None:
+    fewer = replace(APP, servers=APP.servers[:2])
+    house.source.config = replace(house.source.config, upstreams=(fewer,), warnings=("nginx.conf:1: odd",))
+    before = client.status()["revision"]
+    answer = client.reread()
+    assert answer == {"revision": house.plane.revision, "warnings": ["nginx.conf:1: odd"]}
+    assert house.plane.revision > before
+    assert [each["address"] for each in client.upstream("app")["servers"]] == [FIRST, SECOND]
+    assert client.reread()["revision"] == answer["revision"], "what is the same makes no new table"
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_and_shown(house: House, client: Client) -> None:
+    house.source.error = "nginx.conf:7: unexpected }"
+    assert refusal(client.reread) == (422, "config")
+    assert client.status()["config"] == {"state": "error", "error": "nginx.conf:7: unexpected } (mend it)"}
+    assert len(client.status()["upstreams"]) == 2
+    house.source.error = ""
+    client.reread()
+    assert client.status()["config"] == {"state": "ok", "error": None}
+
+
+def test_a_configuration_that_nginx_does_not_follow_is_said_to_be_read(house: House, client: Client) -> None:
+    house.source.config = replace(house.source.config, upstreams=(replace(APP, servers=APP.servers[:1]),))
+    house.plane.error = "nginx is away"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("controller.api.app.PUBLISH_SECONDS", 0.1)
+        assert refusal(client.reread) == (503, "not_published")
+    assert [each["address"] for each in client.upstream("app")["servers"]] == [FIRST]
 
 
 def test_upstreams_tell_what_is_left_to_nginx(house: House, client: Client) -> None:

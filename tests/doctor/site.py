@@ -6,9 +6,9 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from controller.conf import tree
 from controller.conf.parse import parse
 from controller.core.model import Server
-from controller.doctor import tree
 from controller.doctor.model import App, Facts, Nginx
 from controller.settings import build
 

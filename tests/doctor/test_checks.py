@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.conf.parse import ConfSyntaxError, Place
+from controller.conf.tree import Node
 from controller.doctor.checks import CHECKS, examine
 from controller.doctor.model import (
     Facts,
@@ -22,7 +23,6 @@ from controller.doctor.model import (
     PidFile,
     Severity,
 )
-from controller.doctor.tree import Node
 from tests.doctor.site import CONF, HOOK, app, facts, http, managed, nginx, server
 
 TWO = "server 127.0.0.1:8001; server 127.0.0.1:8002;"

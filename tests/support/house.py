@@ -24,7 +24,16 @@ from controller.core.model import (
     Upstream,
     WarmUpPolicy,
 )
-from controller.ports import Check, Counters, NginxConfig, PeerCounters, PlaneStatus, PlaneUnreachable, ProcessError
+from controller.ports import (
+    Check,
+    ConfigError,
+    Counters,
+    NginxConfig,
+    PeerCounters,
+    PlaneStatus,
+    PlaneUnreachable,
+    ProcessError,
+)
 from controller.runtime import Runtime
 
 T = TypeVar("T")
@@ -142,11 +151,15 @@ class HeldProber:
 
 
 class HeldSource:
-    """nginx.conf as the test says."""
+    """nginx.conf as the test says; it cannot be read while `error` says why."""
 
-    config = NginxConfig((APP, NAMED), unhooked=("legacy",), warnings=("/etc/nginx/nginx.conf:3: odd",))
+    def __init__(self) -> None:
+        self.config = NginxConfig((APP, NAMED), unhooked=("legacy",), warnings=("/etc/nginx/nginx.conf:3: odd",))
+        self.error = ""
 
     async def read(self) -> NginxConfig:
+        if self.error:
+            raise ConfigError(self.error, "mend it")
         return self.config
 
     async def resolve_again(self) -> NginxConfig | None:
@@ -201,7 +214,7 @@ class House:
         self.call(inside())
 
     async def _start(self) -> None:
-        self.plane, self.processes = HeldPlane(), HeldProcesses()
+        self.plane, self.processes, self.source = HeldPlane(), HeldProcesses(), HeldSource()
 
         def prober(emit: Callable[[Event], None]) -> HeldProber:
             self.prober = HeldProber(emit)
@@ -212,7 +225,7 @@ class House:
             plane=self.plane,
             processes=self.processes,
             prober=prober,
-            source=HeldSource(),
+            source=self.source,
             store=SqliteStore(f"sqlite:///{self.directory}/state.db"),
             check_for=lambda _: Check(),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from controller.conf.parse import UpstreamBlock
+from controller.conf.tree import Node
 from controller.doctor.model import Facts, Found, Severity, check, is_address
-from controller.doctor.tree import Node
 
 
 @check("last-survivor", Severity.SEVERE)

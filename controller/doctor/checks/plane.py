@@ -7,8 +7,8 @@ import re
 import stat
 from collections.abc import Iterator
 
+from controller.conf.tree import Node, calls, size
 from controller.doctor.model import Facts, Found, Severity, check, lua_directives
-from controller.doctor.tree import Node, calls, size
 
 _BYTES_A_SERVER = 300  # of a table in its shared dict (docs/data-plane.md)
 _BYTES_BESIDE = 65536

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from controller.conf.tree import Node, seconds
 from controller.doctor.model import Facts, Found, Severity, check
-from controller.doctor.tree import Node, seconds
 
 _KEPT_BY_DEFAULT = (1, 29, 7)  # from this version on upstream connections are kept, with HTTP/1.1, unless configured
 

@@ -9,9 +9,9 @@ import pytest
 
 from controller.adapters.nginx.files import DiskReader
 from controller.conf.parse import ConfSyntaxError
+from controller.conf.tree import calls, read, seconds, size
 from controller.doctor.checks import examine
 from controller.doctor.model import Facts
-from controller.doctor.tree import calls, read, seconds, size
 from tests.doctor.site import CONF, Files
 
 

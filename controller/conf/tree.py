@@ -6,7 +6,7 @@ configuration does not.
 
 from __future__ import annotations
 
-import os.path
+import posixpath
 import re
 from bisect import bisect_left
 from collections import defaultdict
@@ -81,7 +81,7 @@ def read(path: str, reader: Reader) -> Node:
 
 class _Reading:
     def __init__(self, main: str, reader: Reader) -> None:
-        self._directory = os.path.dirname(main)
+        self._directory = posixpath.dirname(main)
         self._reader = reader
         self._files: dict[str, tuple[list[Directive], list[int]]] = {}
 
@@ -115,7 +115,7 @@ class _Reading:
                 node.lua = self._lua(node, each.lua)
 
     def _included(self, argument: str) -> Sequence[str]:
-        pattern = os.path.join(self._directory, argument)
+        pattern = posixpath.join(self._directory, argument)
         return self._reader.glob(pattern) if re.search(r"[*?\[]", pattern) else [pattern]
 
     def _lua(self, node: Node, body: bytes | None) -> str | None:
@@ -125,7 +125,7 @@ class _Reading:
             return None
         if not node.name.endswith("_file"):
             return node.args[-1]
-        if not os.path.isabs(node.args[-1]) or "$" in node.args[-1]:
+        if not posixpath.isabs(node.args[-1]) or "$" in node.args[-1]:
             return None
         try:
             return _text(self._reader.read(node.args[-1]))

@@ -1,0 +1,152 @@
+"""What of a whole nginx configuration keeps it, or one of its upstreams, from the Lua plane, each with the remedy.
+
+Pure: a tree in, sentences out. What adoption writes stands in adopt.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from controller.conf.parse import METHODS
+from controller.conf.tree import Node, calls
+
+_LOG = ("log_by_lua", "log_by_lua_block", "log_by_lua_file")
+_PASSES = ("proxy_pass", "fastcgi_pass", "uwsgi_pass", "scgi_pass", "grpc_pass", "memcached_pass")
+_ONCE = {"init_by_lua": "init", "init_worker_by_lua": "init_worker", "log_by_lua": "log"}
+_HEADGATE = re.compile(r"""require\s*\(?\s*(["'])headgate\1""")
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found.
+
+    `general` keeps everything from being adopted, `upstreams` those by name; `notes` keep nothing. `taken` are the
+    directives of our include, without `_block`, that the user's own ones do the work of already. `by_hand` is the file
+    in which somebody has written what our include holds.
+    """
+
+    general: list[str] = field(default_factory=list)
+    upstreams: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    by_hand: str | None = None
+
+
+def find(root: Node, include: str, lua: str, code: dict[str, str]) -> Found:
+    """Obstacles in the tree of nginx.conf, in which `include` is a file of ours and `lua` the directory of our modules.
+
+    `code` is what our include runs in init_by_lua, init_worker_by_lua and log_by_lua.
+    """
+    found = Found()
+    for http in root.own("http"):
+        tables = [node for node in http.own("lua_shared_dict") if node.args[:1] == ("headgate_table",)]
+        found.by_hand = next((node.place.file for node in tables if node.place.file != include), None)
+        _once(http, include, lua, code, found)
+        for node in http.find("lua_code_cache"):
+            if node.args == ("off",):
+                found.general.append(f"{node.place}: lua_code_cache off forgets what Headgate knows; take it out")
+        for upstream in http.own("upstream"):
+            if reason := next(_of_upstream(upstream), None):
+                found.upstreams[" ".join(upstream.args)] = reason
+        _logs(http, code["log_by_lua"], found)
+    return found
+
+
+def loads_module(root: Node) -> bool:
+    """Whether the configuration loads nginx's Lua module."""
+    return any(node.args and node.args[0].endswith("ngx_http_lua_module.so") for node in root.own("load_module"))
+
+
+def strangers(root: Node, include: str) -> list[str]:
+    """Where code that is not ours to remove needs our modules, each with the remedy."""
+    return [
+        f"{node.place}: this {node.name} calls headgate, which will be gone; take that out of it first"
+        for node in _with_lua(root)
+        if _HEADGATE.search(node.lua or "") and node.place.file != include and not is_hook(node)
+    ]
+
+
+def is_hook(node: Node) -> bool:
+    """Whether this is a hook as AddHook writes it."""
+    name = " ".join(node.outer.args) if node.outer and node.outer.name == "upstream" else None
+    hook = f'require("headgate").balance("{name}")'
+    return node.name == "balancer_by_lua_block" and (node.lua or "").strip() == hook
+
+
+def hooked(root: Node) -> list[str]:
+    """The upstreams that have our hook."""
+    upstreams = [upstream for http in root.own("http") for upstream in http.own("upstream")]
+    return [" ".join(each.args) for each in upstreams if any(is_hook(node) for node in each.block or ())]
+
+
+def _with_lua(node: Node) -> Iterator[Node]:
+    for each in node.block or ():
+        if each.lua is not None:
+            yield each
+        yield from _with_lua(each)
+
+
+def _once(http: Node, include: str, lua: str, code: dict[str, str], found: Found) -> None:
+    """nginx takes some directives of our include once in http, so the user's own ones must do their work."""
+    for family, function in _ONCE.items():
+        for node in http.own(family, f"{family}_block", f"{family}_file"):
+            if node.place.file == include:
+                continue
+            if calls(node.lua or "", function):
+                found.taken.add(family)
+                continue
+            into = f" the file {node.args[0]}, named by its absolute path" if node.name.endswith("_file") else " it"
+            message = f"{node.place}: http has a {node.name} of its own, and nginx takes one; put into{into}: "
+            found.general.append(message + code[family].strip())
+    for node in http.own("lua_package_path"):
+        if node.place.file == include:
+            continue
+        if all(f"{lua}/{file}" in " ".join(node.args) for file in ("?.lua", "?/init.lua")):
+            found.taken.add("lua_package_path")
+            continue
+        message = f"{node.place}: http has a lua_package_path of its own, and nginx takes one; put in front of it: "
+        found.general.append(f"{message}{lua}/?.lua;{lua}/?/init.lua;")
+
+
+def _of_upstream(upstream: Node) -> Iterator[str]:
+    name = " ".join(upstream.args)
+    for node in upstream.block or ():
+        what = f'{node.place}: upstream "{name}"'
+        if node.name in METHODS:
+            yield (
+                f"{what} is balanced by {node.name}, and in Lua Headgate balances round robin only: it is left to "
+                f'nginx; take {node.name} out, or choose data_plane = "reload"'
+            )
+        elif node.name == "zone":
+            yield f"{what} has a zone, in which no Lua balancer can work; take the zone out"
+        elif node.name == "state":
+            yield f"{what} has its servers in a state file; write server lines"
+        elif node.name == "server" and any("$" in word for word in node.args[:1]):
+            yield f"{what} has a server with a variable, which Headgate cannot follow; write the address"
+        elif node.name == "server" and any(word.startswith("service=") for word in node.args):
+            yield f"{what} finds servers by SRV records (service=), which Headgate does not follow; write addresses"
+
+
+def _logs(http: Node, code: str, found: Found) -> None:
+    """A log_by_lua further in replaces ours: requests that end there would be counted as in flight for ever."""
+    passes = [(node, node.inherited(*_LOG)) for node in http.find(*_PASSES)]
+    for log in http.find(*_LOG):
+        if log.outer is http or calls(log.lua or "", "log"):
+            continue
+        remedy = f"put into it: {code.strip()}"
+        around = f"this {log.name} replaces the one that ends the count of each request"
+        targets = {_target(node) for node, logs in passes if log in logs}
+        if not targets:
+            found.notes.append(f"{log.place}: {around}; if requests are redirected to here, {remedy}")
+        elif any("$" in target for target in targets):
+            found.general.append(f"{log.place}: {around}; {remedy}")
+        for target in targets:
+            found.upstreams.setdefault(target, f'{log.place}: {around}, for upstream "{target}"; {remedy}')
+
+
+def _target(node: Node) -> str:
+    """The upstream that a `…_pass` names, or whatever else stands in its place."""
+    match = re.fullmatch(r"(?:\w+://)?([^/]*).*", " ".join(node.args), re.DOTALL)
+    return match[1] if match else ""
