@@ -9,9 +9,10 @@ BIN := .venv/bin
 
 # What nginx needs to run us; what the tests need beside it.
 RUN_PACKAGES := nginx libnginx-mod-http-lua lua-resty-core lua-cjson python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) lua-busted lua-check haproxy openssl
+TEST_PACKAGES := $(RUN_PACKAGES) lua-busted lua-check openssl curl
+BENCH_PACKAGES := $(TEST_PACKAGES) haproxy wrk
 
-.PHONY: help run test test-all lint bench clean packages-run packages-test
+.PHONY: help run test test-all lint bench clean packages-run packages-test packages-bench
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +33,7 @@ lint: packages-test .venv/.dev ## style, types, rooms, Lua
 	$(BIN)/lint-imports
 	luacheck lua tests/lua
 
-bench: packages-test .venv/.dev ## the table of figures
+bench: packages-bench .venv/.dev ## the table of figures
 	$(BIN)/python -m tests.bench
 
 clean: ## remove the virtual environment and everything that was built
@@ -43,6 +44,9 @@ packages-run:
 
 packages-test:
 	@.ci/packages $(TEST_PACKAGES)
+
+packages-bench:
+	@.ci/packages $(BENCH_PACKAGES)
 
 # Made anew when the list of packages changes, or when the checkout has moved (a virtual environment holds its own path).
 .venv/.at: ALWAYS

@@ -283,13 +283,15 @@ def _after_a_reboot(settings: Settings) -> list[str]:
 # --- carrying out -------------------------------------------------------------------------------------------------
 
 
-def writer(settings: Settings) -> ConfWriter:
+def writer(
+    settings: Settings, announce: Callable[[str, bytes | None], None] = lambda path, content: None
+) -> ConfWriter:
     """The writer of nginx's files, whose journal stands beside the store. Everybody who writes them uses this one."""
 
     async def test() -> None:
         await check.check(await asyncio.to_thread(check.find, settings.nginx.conf))
 
-    return ConfWriter(settings.journal, test)
+    return ConfWriter(settings.journal, test, announce)
 
 
 async def recover(settings: Settings) -> tuple[str, ...]:

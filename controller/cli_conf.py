@@ -89,7 +89,8 @@ def server(
     if leaves and not force and serving and all(each.partition("@")[0] == address for each in serving):
         message = f"{address}: no other server of {upstream} serves"
         raise ApiError(409, "guard", message, "bring another one up first, or insist with --force")
-    done = _change(settings, lambda: adoption.servers(settings, edits), "Write this?", diff, yes, reload=False)
+    reload = settings.nginx.data_plane == "reload"  # the Lua plane needs none
+    done = _change(settings, lambda: adoption.servers(settings, edits), "Write this?", diff, yes, reload)
     if done.writes:
         answer = client.reread()
         print(f"nginx follows it (table {answer['revision']})")

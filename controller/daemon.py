@@ -27,6 +27,7 @@ from controller.adapters.process import Processes
 from controller.adapters.store.sqlite import SqliteStore
 from controller.adapters.watch import Watcher
 from controller.api.serve import ApiServer, read_token
+from controller.conf.parse import digest
 from controller.core.model import Policy
 from controller.errors import HeadgateError, SettingsError
 from controller.ports import Check, Clock, DataPlane
@@ -183,8 +184,12 @@ def _data_plane(
     if nginx.data_plane == "lua":
         plane = LuaPlane(Path(nginx.control), Path(nginx.snapshot))
         return plane, NginxFiles(nginx.conf, policies.policy_for, on_read=watcher.follow)
-    reloader = Reloader(Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file))
-    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, adopt.writer(settings), reloader, clock)
+
+    def announce(path: str, content: bytes | None) -> None:
+        watcher.expect(path, "" if content is None else digest(content))
+
+    reloader = Reloader(Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file), announce=announce)
+    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, adopt.writer(settings, announce), reloader, clock)
     return reloads, NginxFiles(
         nginx.conf,
         policies.policy_for,

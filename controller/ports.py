@@ -135,7 +135,7 @@ class Check:
     port: int | None = None
     interval: float = 2.0
     timeout: float = 1.0
-    jitter: float = 0.05
+    jitter: float = 0.1
     statuses: tuple[tuple[int, int], ...] = ((200, 399),)
     body: str | None = None
     ca_file: str | None = None

@@ -180,7 +180,7 @@ class CheckTable(_Table):
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     interval: Annotated[Duration, Field(ge=0.1)] = 2.0
     timeout: PositiveDuration = 1.0
-    jitter: Annotated[Share, Field(le=0.5)] = 0.05
+    jitter: Annotated[Share, Field(le=0.5)] = 0.1
     rise: Annotated[int, Field(ge=1)] = 2
     fall: Annotated[int, Field(ge=1)] = 3
     statuses: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_statuses), Field(min_length=1)] = ((200, 399),)

@@ -5,6 +5,7 @@ Speed is quoted as a ratio within the run wherever a comparison exists; docs/fig
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import drains, idle, plane_cpu, probe_cpu, rollout, warming
+from tests.bench import (
+    config_speed,
+    drains,
+    edit_speed,
+    idle,
+    plane_cpu,
+    probe_cpu,
+    reload_cost,
+    rollout,
+    warming,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +88,37 @@ def resting() -> Iterator[Row]:
     yield Row(f"{rate}: memory", f"{cost.rss / 1e6:.0f} MB", "<= 120 MB", cost.rss <= 120e6)
 
 
+def files() -> Iterator[Row]:
+    """A configuration of 3 MB and 10,000 server blocks: taken up, and edited."""
+    for count in (1, 1000):
+        found = config_speed.measure(count)
+        of = f"{found.size / 1e6:.1f} MB of nginx.conf in {count:,} file{'s' * (count > 1)}"
+        yield Row(f"{of}: start of the daemon", f"{found.daemon:.2f} s", "<= 3 s", found.daemon <= 3)
+        parsed = f"{found.edit * 1000:.0f} ms, {found.parsed} file parsed"
+        yield Row(f"{of}: an edit taken up", parsed, "1 file parsed", found.parsed == 1)
+    for layout in ("one file", "many files"):
+        edits = edit_speed.measure(layout)
+        worst = max(edits.edits.values())
+        what = f"one edit and its proof in {edits.megabytes:.1f} MB, {edits.files:,} file{'s' * (edits.files > 1)}"
+        yield Row(what, f"{worst:.1f} ms at most, {edits.reads} files read", "<= 50 ms", worst <= 50)
+
+
+def reloads() -> Iterator[Row]:
+    """What ten publishes on each plane cost the clients."""
+    for row in asyncio.run(reload_cost.measure()):
+        what = f"{row.plane} plane, 10 publishes, {row.connections} {row.method}: failed"
+        wanted = "" if (row.plane, row.connections) == ("reload", "keep-alive") else "0"
+        yield Row(what, f"{row.failed} of {row.answered + row.failed:,}", wanted, row.failed == 0 if wanted else None)
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "rollouts": rollouts,
     "cpu": processor_time,
     "drains": draining,
     "ramps": ramps,
     "resting": resting,
+    "files": files,
+    "reloads": reloads,
 }
 
 

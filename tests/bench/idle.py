@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -25,12 +26,16 @@ class Figures:
 def measure(seconds: float = 30.0) -> Figures:
     """Start the daemon, let every probe rise, then look at it for some seconds."""
     with house(upstreams=10, servers=2) as built:
-        process = psutil.Process(built.daemon)
-        before, began = process.cpu_times(), time.monotonic()
+        before, began = _processor_seconds(built.daemon), time.monotonic()
         time.sleep(seconds)  # the measurement itself
-        after, passed = process.cpu_times(), time.monotonic() - began
-        used = after.user + after.system - before.user - before.system
-        return Figures(used / passed, process.memory_info().rss / 1e6)
+        used, passed = _processor_seconds(built.daemon) - before, time.monotonic() - began
+        return Figures(used / passed, psutil.Process(built.daemon).memory_info().rss / 1e6)
+
+
+def _processor_seconds(pid: int) -> float:
+    """What all threads of a process have used, to the nanosecond; the usual times count in ticks."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 if __name__ == "__main__":

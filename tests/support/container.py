@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
-import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from docker.errors import BuildError, DockerException
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
+from testcontainers.core.image import DockerImage
+from testcontainers.core.wait_strategies import ExecWaitStrategy
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "headgate-test-systemd"
 PYTHON = "/opt/headgate/bin/python"
-# What systemd needs of a container that is not privileged.
-_SYSTEMD = [
-    *("--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined", "--tmpfs", "/run", "--tmpfs", "/run/lock"),
-    *("--cgroupns", "host", "-v", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
-]
+# Seconds that the engine may be silent: an image's layer is written without a word.
+_CLIENT = {"timeout": 300}
 
 
 def missing() -> str:
     """Why no container can be run here; empty where one can."""
-    if not shutil.which("docker"):
-        return "there is no docker command"
-    answer = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False)
-    where = os.environ.get("DOCKER_HOST", "the default socket")
-    return f"no container engine answers at {where}: {answer.stderr.strip()}" if answer.returncode else ""
+    try:
+        with closing(DockerClient().client) as client:
+            client.ping()
+    except DockerException as error:
+        where = os.environ.get("DOCKER_HOST", "the default socket")
+        return f"no container engine answers at {where}: {error}"
+    return ""
 
 
 def wheelhouse(directory: Path) -> Path:
@@ -47,40 +51,47 @@ class Container:
     """A running container; `close` removes it."""
 
     def __init__(self) -> None:
-        build = [
-            "docker",
-            "build",
-            "--network",
-            "host",
-            "--tag",
-            IMAGE,
-            "--file",
-            str(ROOT / "docker/systemd.Dockerfile"),
-        ]
-        _run([*build, str(ROOT / "docker")])
-        self.id = _run(["docker", "create", "--network", "none", *_SYSTEMD, IMAGE]).strip()
+        _build()
+        # What systemd needs of a container that is not privileged.
+        self._container = (
+            DockerContainer(IMAGE, _CLIENT)
+            .with_kwargs(network="none", cap_add=["SYS_ADMIN"], security_opt=["seccomp=unconfined"], cgroupns="host")
+            .with_tmpfs_mount("/run")
+            .with_tmpfs_mount("/run/lock")
+            .with_volume_mapping("/sys/fs/cgroup", "/sys/fs/cgroup", "rw")
+            .waiting_for(
+                ExecWaitStrategy(["sh", "-c", "systemctl is-system-running | grep -xE 'running|degraded'"])
+                .with_startup_timeout(60)
+                .with_poll_interval(0.1)
+            )
+        )
         try:
-            _run(["docker", "start", self.id])
-            self._await_boot()
+            self._container.start()
         except BaseException:
             self.close()
             raise
+        self.id = self._container.get_container_id()
 
     def install(self, wheels: Path) -> None:
-        self.copy(wheels, "/opt/wheels")
+        for wheel in wheels.iterdir():
+            self.copy(wheel, f"/opt/wheels/{wheel.name}")
         self.run("python3", "-m", "venv", "/opt/headgate")
         install = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "/opt/wheels"]
         self.run(*install, "headgate[demo]")
 
     def copy(self, source: Path, target: str) -> None:
-        _run(["docker", "cp", str(source), f"{self.id}:{target}"])
+        """Copy a file to a path in it, and make the directories that lead there."""
+        self._container.copy_into_container(source, target)
 
     def write(self, path: str, text: str) -> None:
-        _run(["docker", "exec", "-i", self.id, "tee", path], textwrap.dedent(text))
+        self._container.copy_into_container(textwrap.dedent(text).encode(), path)
 
     def run(self, *command: str) -> str:
         """Run a command in it and return its output; an AssertionError with all of it where it fails."""
-        return _run(["docker", "exec", self.id, *command])
+        code, streams = self._container.get_wrapped_container().exec_run(list(command), demux=True)
+        output, errors = ((stream or b"").decode() for stream in streams)
+        assert code == 0, f"{' '.join(command)}: {code}\n{output}\n{errors}"
+        return output
 
     def python(self, body: str) -> Any:
         """Run statements in an `async def` there, with Headgate's own Python; what they return, by way of JSON."""
@@ -89,23 +100,26 @@ class Container:
             "async def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\n"
             "print(json.dumps(asyncio.run(main())))\n"
         )
-        return json.loads(_run(["docker", "exec", "-i", self.id, PYTHON, "-"], script).splitlines()[-1])
+        return json.loads(self.run(PYTHON, "-c", script).splitlines()[-1])
 
     def close(self) -> None:
-        _run(["docker", "rm", "--force", "--volumes", self.id])
-
-    def _await_boot(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            command = ["docker", "exec", self.id, "systemctl", "is-system-running", "--wait"]
-            state = subprocess.run(command, capture_output=True, text=True, check=False)
-            if state.stdout.strip() in ("running", "degraded"):
-                return
-            assert time.monotonic() < deadline, f"systemd did not boot: {state.stdout}{state.stderr}"
-            time.sleep(0.1)
+        self._container.stop()
 
 
-def _run(command: list[str], given: str = "") -> str:
-    answer = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, f"{' '.join(command)}: {answer.returncode}\n{answer.stdout}\n{answer.stderr}"
-    return answer.stdout
+def _build() -> None:
+    image = DockerImage(
+        ROOT / "docker",
+        _CLIENT,
+        tag=IMAGE,
+        clean_up=False,
+        dockerfile_path="systemd.Dockerfile",
+        network_mode="host",
+        forcerm=True,
+    )
+    try:
+        image.build()
+    except BuildError as error:
+        log = "".join(line.get("stream", "") for line in error.build_log)
+        raise AssertionError(f"{IMAGE} cannot be built: {error}\n{log}") from error
+    finally:
+        image.remove()  # Without clean_up this only closes the client; the image stays, for its layers.

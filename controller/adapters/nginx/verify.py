@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class Reloader:
     """Reloads nginx, one at a time, and proves it by `version_file`, which the http block includes.
 
     `conf` and `nginx` (None: found) name the configuration and the binary. `timeout` is what a proof may take, in
-    seconds.
+    seconds. `announce` is told of the version file's content before it is written, as by ConfWriter.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class Reloader:
         nginx: str | None = None,
         *,
         timeout: float = 20.0,
+        announce: Callable[[str, bytes | None], None] = lambda path, content: None,
     ) -> None:
+        self._announce = announce
         self._conf = conf
         self._program = nginx
         self._socket = version_socket
@@ -142,12 +144,16 @@ class Reloader:
         async with self._lock:
             master = await self.master()
             former = await asyncio.to_thread(read, self._file)
-            await asyncio.to_thread(put, self._file, version_include(self._socket, version))
+            await self._put(version_include(self._socket, version))
             try:
                 return await self._reload(master, version, checked)
             except BaseException:
-                await asyncio.to_thread(put, self._file, former)
+                await self._put(former)
                 raise
+
+    async def _put(self, content: bytes | None) -> None:
+        self._announce(str(self._file), content)
+        await asyncio.to_thread(put, self._file, content)
 
     async def _reload(self, master: Identity, version: str, checked: bool) -> frozenset[Identity]:
         if not checked:

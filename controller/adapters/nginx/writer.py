@@ -104,11 +104,18 @@ class ConfWriter:
     """Writes files and has them checked, one transaction at a time on this machine.
 
     `journal` is a directory of ours, made where it is missing. `checker` raises CheckFailed where nginx does not take
-    what now lies there.
+    what now lies there. `announce` is told of each content (None: no file) before it comes to lie there, so that
+    whoever watches the files does not take it for somebody else's.
     """
 
-    def __init__(self, journal: Path, checker: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        journal: Path,
+        checker: Callable[[], Awaitable[None]],
+        announce: Callable[[str, bytes | None], None] = lambda path, content: None,
+    ) -> None:
         self._journal = journal
+        self._announce = announce
         self._manifest = journal / "transaction.json"
         self._checker = checker
 
@@ -122,10 +129,14 @@ class ConfWriter:
             contents = await _to_end(lambda: _compared(edits))
             if not contents:
                 return
+            for file, content in contents.items():
+                self._announce(file.path, content)
             try:
                 await _to_end(lambda: self._write(contents))
                 await self._checker()
             except BaseException as failure:
+                for edit in edits:
+                    self._announce(edit.path, edit.before)
                 kept = await _to_end(lambda: self._undo(contents))
                 outcome = "; ".join(kept) or "every file is as it was before"
                 if isinstance(failure, CheckFailed | WriteFailed):
