@@ -28,7 +28,6 @@ from controller.core.events import (
     ProbeNow,
     Restored,
     RunStep,
-    StepDone,
     StepFailed,
     Ticked,
 )
@@ -49,10 +48,10 @@ from controller.ports import (
     PlaneUnreachable,
     Prober,
     ProcessControl,
-    ProcessError,
     Store,
     StoreError,
 )
+from controller.stages import carry_out
 
 log = structlog.get_logger("headgate")
 
@@ -403,44 +402,13 @@ class Runtime:
         """Carry out one step of a change and report; whatever goes wrong fails the step, with its reason."""
         report: Event
         try:
-            report = await self._act(job)
+            report = await carry_out(job, self.state.groups.get(job.upstream), self._processes)
         except HeadgateError as error:
             report = StepFailed(job.change, job.step, str(error))
         except Exception as error:
             log.exception("a step failed unexpectedly", change=job.change, step=job.name, server=job.server)
             report = StepFailed(job.change, job.step, f"unexpected: {error!r}")
         self.post(report)
-
-    async def _act(self, job: RunStep) -> StepDone:
-        upstream = self.state.groups[job.upstream].upstream
-        server = next((s for s in upstream.servers if s.key == job.server), None)
-        policy = upstream.policy.process
-        if server is None or policy is None:
-            raise ProcessError(
-                f"{job.upstream}: {job.server} or its process settings are gone", "see `headgate status`"
-            )
-        name, master = job.name, job.master
-        if name is StepName.FIND:
-            found = await self._processes.find(upstream.name, server, policy)
-            text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
-            return StepDone(job.change, job.step, text, found)
-        if name is StepName.START:
-            started = await self._processes.start(upstream.name, server, policy)
-            return StepDone(job.change, job.step, f"master {started.pid} listens", started)
-        if master is None:
-            return StepDone(job.change, job.step, "no process was running")
-        if name is StepName.TERMINATE:
-            await self._processes.terminate(master, policy)
-            return StepDone(job.change, job.step, f"asked {master.unit or master.pid} to stop")
-        if name is StepName.EXIT:
-            limit = policy.graceful_timeout + policy.margin
-            gone = await self._processes.wait_exit(master, limit)
-            text = (
-                f"{master.pid} and its workers are gone" if gone else f"{master.pid} is still there after {limit:g} s"
-            )
-            return StepDone(job.change, job.step, text, gone=gone)
-        killed = await self._processes.kill(master, policy)
-        return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
 
     async def _publish(self) -> None:
         """Bring nginx to the newest table, whatever happened to the ones between."""

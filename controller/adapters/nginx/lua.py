@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import structlog
 
+from controller.adapters.whole import put, read
 from controller.ports import Counters, PeerCounters, PlaneRefused, PlaneStatus, PlaneUnreachable
 
 DEFAULT_LUA = "/usr/share/headgate/lua"
@@ -72,7 +73,7 @@ class LuaPlane:
         """
         text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
         async with self._publishing:
-            former = self._written or await asyncio.to_thread(_read, self._snapshot)
+            former = self._written or await asyncio.to_thread(read, self._snapshot)
             await self._write(text)
             try:
                 return _status(await self._call("PUT", "/v1/table", text))
@@ -82,7 +83,7 @@ class LuaPlane:
 
     async def _write(self, snapshot: bytes | None) -> None:
         try:
-            await asyncio.to_thread(_replace, self._snapshot, snapshot)
+            await asyncio.to_thread(put, self._snapshot, snapshot)
         except OSError as error:
             log.warning("the snapshot for nginx's next start cannot be written", error=str(error))
         else:
@@ -166,23 +167,3 @@ def _peer(counted: Mapping[str, Any]) -> PeerCounters:
         warm_elapsed=0.0 if warm is None else warm["elapsed_ms"] / 1000,
         warm_started=warm is not None and warm["started"],
     )
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def _replace(path: Path, content: bytes | None) -> None:
-    """Put `content` at `path` (None: no file); a crash leaves the former file or this one, and always a whole one."""
-    if content is None:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from controller.adapters.nginx.lines import Table
+from controller.adapters.whole import put, read
 from controller.conf.ledger import Ledger
 from controller.core.quantise import Key, Ramp
 from controller.ports import Clock, PlaneRefused
@@ -64,32 +64,6 @@ class Memory:
                 f"{path} cannot be read: {error!r}",
                 "mend it; or remove it, and then every weight and down mark in nginx.conf counts as its author's",
             ) from error
-
-
-def read(path: Path) -> bytes | None:
-    """The content of a file of ours, None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def put(path: Path, content: bytes | None) -> None:
-    """Put `content` at `path` (None: no file); a crash leaves the former file or this one, and always a whole one."""
-    if content is None:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _restored(raw: Mapping[str, Any], clock: Clock) -> Memory:

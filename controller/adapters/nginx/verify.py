@@ -16,9 +16,9 @@ from pathlib import Path
 
 from controller.adapters import procfs
 from controller.adapters.nginx.check import Nginx, NginxMissing, check, find
-from controller.adapters.nginx.memory import put, read
 from controller.adapters.nginx.writer import CheckFailed
 from controller.adapters.pidfd import Identity, is_alive, send
+from controller.adapters.whole import put, read
 from controller.errors import HeadgateError
 from controller.ports import PlaneUnreachable, ProcessError
 

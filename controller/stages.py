@@ -1,0 +1,39 @@
+"""One step of a change, carried out by the process adapter. When, and what follows, is decided in core/change.py."""
+
+from __future__ import annotations
+
+from controller.core.events import RunStep, StepDone
+from controller.core.model import Group, StepName
+from controller.ports import ProcessControl, ProcessError
+
+
+async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl) -> StepDone:
+    """Do it and report; ProcessError. Each may be repeated after a crash.
+
+    `group` is the job's upstream as it is now, None where nginx.conf has lost it.
+    """
+    server = next((s for s in group.upstream.servers if s.key == job.server), None) if group else None
+    policy = group.upstream.policy.process if group else None
+    if server is None or policy is None:
+        message = f"{job.upstream}: {job.server} or its process settings are gone"
+        raise ProcessError(message, "see `headgate status`")
+    name, master = job.name, job.master
+    if name is StepName.FIND:
+        found = await processes.find(job.upstream, server, policy)
+        text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
+        return StepDone(job.change, job.step, text, found)
+    if name is StepName.START:
+        started = await processes.start(job.upstream, server, policy)
+        return StepDone(job.change, job.step, f"master {started.pid} listens", started)
+    if master is None:
+        return StepDone(job.change, job.step, "no process was running")
+    if name is StepName.TERMINATE:
+        await processes.terminate(master, policy)
+        return StepDone(job.change, job.step, f"asked {master.unit or master.pid} to stop")
+    if name is StepName.EXIT:
+        limit = policy.graceful_timeout + policy.margin
+        gone = await processes.wait_exit(master, limit)
+        text = "and its workers are gone" if gone else f"is still there after {limit:g} s"
+        return StepDone(job.change, job.step, f"{master.pid} {text}", gone=gone)
+    killed = await processes.kill(master, policy)
+    return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
