@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs so, and programs inherit it: Ctrl-C would not reach what a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
