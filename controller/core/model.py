@@ -165,13 +165,19 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """An upstream as configured: nginx's block and headgate.toml's policy."""
+    """An upstream as configured: nginx's block and headgate.toml's policy.
+
+    `hash_key` (a text with nginx's variables) and `consistent` belong to the method `hash`, `two` to `random`.
+    """
 
     name: str
     servers: tuple[Server, ...]
     method: str = "round_robin"
     policy: Policy = Policy()
     place: Place | None = None
+    hash_key: str = ""
+    consistent: bool = False
+    two: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from controller.core import warmup
-from controller.core.model import Admin, Group, Health, Peer, Routing, Server, State
+from controller.core.model import Admin, Group, Health, Peer, Routing, Server, State, Upstream
 
 FORMAT = 1
 
@@ -80,6 +80,8 @@ def fails_open(group: Group) -> bool:
 def table(state: State, now: float) -> dict[str, object]:
     """The whole table as JSON: `{"format", "revision", "upstreams": {NAME: {"method", "fail_open", "servers"}}}`.
 
+    Beside `method` stands what belongs to it: `key` and `consistent` for hash, `two` for random.
+
     An upstream without servers is left out: nginx then balances it by itself.
     """
     return {
@@ -87,7 +89,7 @@ def table(state: State, now: float) -> dict[str, object]:
         "revision": state.revision,
         "upstreams": {
             name: {
-                "method": group.upstream.method,
+                **_method(group.upstream),
                 "fail_open": group.fail_open,
                 "servers": [_server(group, server, now) for server in group.upstream.servers],
             }
@@ -95,6 +97,15 @@ def table(state: State, now: float) -> dict[str, object]:
             if group.upstream.servers
         },
     }
+
+
+def _method(upstream: Upstream) -> dict[str, object]:
+    method: dict[str, object] = {"method": upstream.method}
+    if upstream.method == "hash":
+        method |= {"key": upstream.hash_key, "consistent": upstream.consistent}
+    elif upstream.method == "random":
+        method["two"] = upstream.two
+    return method
 
 
 def _server(group: Group, server: Server, now: float) -> dict[str, object]:
@@ -108,6 +119,8 @@ def _server(group: Group, server: Server, now: float) -> dict[str, object]:
         "backup": server.backup,
         "max_conns": server.max_conns,
     }
+    if server.address != server.key:
+        entry["address"] = server.address
     if warmup.active(peer.warm_up):
         policy = group.upstream.policy.warm_up
         entry["warm_up"] = {
@@ -132,7 +145,7 @@ def _row(group: Group, server: Server) -> tuple[object, ...]:
 
 def _rows(groups: Mapping[str, Group]) -> dict[str, tuple[object, ...]]:
     return {
-        name: (group.upstream.method, group.fail_open, *(_row(group, server) for server in group.upstream.servers))
+        name: (_method(group.upstream), group.fail_open, *(_row(group, server) for server in group.upstream.servers))
         for name, group in groups.items()
         if group.upstream.servers
     }

@@ -14,6 +14,7 @@ require("resty.core.misc")
 require("resty.core.response")
 require("ngx.balancer")
 local native = require("headgate.native")
+local key_template = require("headgate.key")
 local round_robin = require("headgate.methods.round_robin")
 local stats = require("headgate.stats")
 local store = require("headgate.store")
@@ -33,6 +34,14 @@ local NO_LIVE_SERVER = -3
 local PEER_FAILED = 4
 -- A table would have to be published between two instructions that often in a row.
 local MAX_LOADS = 16
+
+-- Beside round robin. A hash that finds no primary leaves the backups to round robin, as nginx does.
+local METHODS = {
+  least_conn = { primary = require("headgate.methods.least_conn"), backup = require("headgate.methods.least_conn") },
+  hash = { primary = require("headgate.methods.hash"), backup = round_robin },
+  ip_hash = { primary = require("headgate.methods.ip_hash"), backup = round_robin },
+  random = { primary = require("headgate.methods.random"), backup = round_robin },
+}
 
 local _M = {}
 
@@ -62,20 +71,45 @@ local function address_of(server)
   return server.ip
 end
 
+local function new_server(described, fail_open)
+  return {
+    key = described.key,
+    written = described.address or described.key,
+    address = address_of(described),
+    port = described.port,
+    weight = described.weight,
+    max_conns = described.max_conns,
+    cell = described.cell,
+    at = stats.cell_offset(described.cell),
+    ramp = described.ramp,
+    eligible = table_format.eligible(described.state, fail_open),
+  }
+end
+
+-- The state that picks among `group` (primary or backup), going on from `previous`.
+local function new_state(upstream, group, previous)
+  local method = upstream.methods and upstream.methods[group] or round_robin
+  local servers = group == "primary" and upstream.primaries or upstream.backups
+  return method.new(servers, previous, random, upstream.options)
+end
+
 local function build(name, description, previous)
-  local upstream = { primaries = {}, backups = {}, waiting = {}, limited = false }
+  local upstream = {
+    primaries = {}, backups = {}, waiting = {}, limited = false,
+    methods = METHODS[description.method],
+    options = { all = {}, consistent = description.consistent, two = description.two },
+  }
+  if description.method == "hash" then
+    upstream.subject = key_template.compile(description.key)
+  elseif description.method == "ip_hash" then
+    upstream.subject = key_template.compile("$binary_remote_addr")
+  end
   for _, described in ipairs(description.servers) do
-    if table_format.eligible(described.state, description.fail_open) then
-      local server = {
-        key = described.key,
-        address = address_of(described),
-        port = described.port,
-        weight = described.weight,
-        max_conns = described.max_conns,
-        cell = described.cell,
-        at = stats.cell_offset(described.cell),
-        ramp = described.ramp,
-      }
+    local server = new_server(described, description.fail_open)
+    if not described.backup then
+      table.insert(upstream.options.all, server)
+    end
+    if server.eligible then
       table.insert(described.backup and upstream.backups or upstream.primaries, server)
       upstream.limited = upstream.limited or server.max_conns > 0
       if server.ramp and server.ramp.waiting then
@@ -84,8 +118,8 @@ local function build(name, description, previous)
       end
     end
   end
-  upstream.primary = round_robin.new(upstream.primaries, previous and previous.primary, random)
-  upstream.backup = round_robin.new(upstream.backups, previous and previous.backup, random)
+  upstream.primary = new_state(upstream, "primary", previous and previous.primary)
+  upstream.backup = new_state(upstream, "backup", previous and previous.backup)
   upstream.spare_tries = #upstream.primaries + #upstream.backups - 1
   return upstream
 end
@@ -110,17 +144,17 @@ local function refresh_waiting(upstream)
 end
 
 -- Brings the weights in `group` (primary or backup) up to date.
-local function reweigh(upstream, group, servers)
+local function reweigh(upstream, group)
   if #upstream.waiting > 0 then
     refresh_waiting(upstream)
   end
   if round_robin.reweigh(upstream[group], system.monotonic()) then
-    for _, server in ipairs(servers) do
+    for _, server in ipairs(group == "primary" and upstream.primaries or upstream.backups) do
       if server.ramp and not server.ramp.held then
         server.ramp = nil
       end
     end
-    upstream[group] = round_robin.new(servers, upstream[group], random)
+    upstream[group] = new_state(upstream, group, upstream[group])
   end
 end
 
@@ -133,20 +167,30 @@ local function is_refused(server)
     or server.max_conns > 0 and stats.load(server.cell) >= server.max_conns
 end
 
+local function load_of(server)
+  return stats.load(server.cell)
+end
+
 local function choose(upstream, keys)
   if #upstream.primary.ramping > 0 then
-    reweigh(upstream, "primary", upstream.primaries)
+    reweigh(upstream, "primary")
   end
-  if not keys and not upstream.limited then
+  local methods = upstream.methods
+  if not keys and not upstream.limited and not methods then
     local server = round_robin.pick(upstream.primary)
     if server then
       return server
     end
   end
   if #upstream.backup.ramping > 0 then
-    reweigh(upstream, "backup", upstream.backups)
+    reweigh(upstream, "backup")
   end
   excluded = keys
+  if methods then
+    local subject = upstream.subject and upstream.subject()
+    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject)
+      or methods.backup.pick_except(upstream.backup, is_refused, load_of)
+  end
   return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
 end
 

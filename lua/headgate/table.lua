@@ -2,13 +2,14 @@
 --   {"format": 1, "revision": N, "upstreams": {NAME: {"method", "fail_open", "servers": [
 --     {"key", "ip", "port", "weight", "state", "backup", "max_conns", "warm_up": null |
 --      {"epoch", "elapsed_ms", "duration_ms", "curve", "floor", "starts", "held"}}]}}}
--- Unknown fields are ignored. Who may be picked is said here as well: it is a property of the format.
+-- With method hash an upstream has "key" too, and may have "consistent"; with random it may have "two". A server may
+-- have "address". Unknown fields are ignored. Who may be picked is said here as well: it is a property of the format.
 local _M = {}
 
 _M.FORMAT = 1
 -- What JSON numbers carry exactly through the encoder (14 digits).
 _M.MAX_REVISION = 99999999999999
-_M.METHODS = { round_robin = true }
+_M.METHODS = { round_robin = true, least_conn = true, hash = true, ip_hash = true, random = true }
 
 local STATES = { up = true, down = true, drain = true, maint = true, quarantine = true }
 local STARTS = { healthy = true, ["first-request"] = true }
@@ -75,6 +76,7 @@ local checks = {
     local path = v:match("^unix:(/.*)$")
     return path and #path <= MAX_UNIX_PATH and not path:find("%z") or is_ipv4(v) or v:find(":", 1, true) and is_ipv6(v)
   end, 'an IPv4 or IPv6 address without brackets, or "unix:/path"' },
+  { "address", function(v) return v == nil or type(v) == "string" and v ~= "" end, "a non-empty string, or absent" },
   { "port", function(v, server)
     if type(server.ip) == "string" and server.ip:find("^unix:") then
       return v == 0
@@ -85,6 +87,18 @@ local checks = {
   { "state", function(v) return STATES[v] ~= nil end, "one of up, down, drain, maint, quarantine" },
   { "backup", function(v) return type(v) == "boolean" end, "true or false" },
   { "max_conns", function(v) return is_integer(v, 0, 2 ^ 31) end, "an integer, 0 for no limit" },
+}
+
+local function is_optional_boolean(value)
+  return value == nil or type(value) == "boolean"
+end
+
+local method_checks = {
+  hash = {
+    { "key", function(v) return type(v) == "string" end, "a text with nginx's variables, such as $remote_addr" },
+    { "consistent", is_optional_boolean, "true or false" },
+  },
+  random = { { "two", is_optional_boolean, "true or false" } },
 }
 
 local warm_up_checks = {
@@ -145,7 +159,12 @@ local function check_upstream(name, upstream)
     return problem("invalid_field", place .. " is not an object", "give upstreams as an object of objects by name")
   end
   if not _M.METHODS[upstream.method] then
-    return wrong_field(place, "method", upstream.method, "use round_robin", "unknown_method")
+    return wrong_field(place, "method", upstream.method,
+      "use round_robin, least_conn, hash, ip_hash or random", "unknown_method")
+  end
+  local wrong_method = first_wrong(method_checks[upstream.method] or {}, upstream, place)
+  if wrong_method then
+    return wrong_method
   end
   if type(upstream.fail_open) ~= "boolean" then
     return wrong_field(place, "fail_open", upstream.fail_open, "fail_open must be true or false")

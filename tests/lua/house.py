@@ -99,13 +99,14 @@ def warm_up(**fields: Any) -> dict[str, Any]:
 
 
 def table(
-    revision: int, servers: Iterable[Mapping[str, Any]], fail_open: bool = False, name: str = "app"
+    revision: int, servers: Iterable[Mapping[str, Any]], fail_open: bool = False, name: str = "app", **method: Any
 ) -> dict[str, Any]:
-    """A table with one upstream."""
+    """A table with one upstream. `method`: the method and what belongs to it, where it is not round robin."""
+    method = {"method": "round_robin"} | method
     return {
         "format": 1,
         "revision": revision,
-        "upstreams": {name: {"method": "round_robin", "fail_open": fail_open, "servers": list(servers)}},
+        "upstreams": {name: {**method, "fail_open": fail_open, "servers": list(servers)}},
     }
 
 
