@@ -38,19 +38,19 @@ class Row:
     entry: dict[str, Any]
 
 
-def rows(count: int = 4) -> list[Row]:
-    """Servers of different weights."""
-    ports = [free_port() for _ in range(count)]
-    return [
-        Row(f"127.0.0.1:{port} weight={weight}", server(port, weight=weight)) for port, weight in zip(ports, (3, 1, 2, 5))
-    ]
+def rows() -> list[Row]:
+    """Four servers of different weights."""
+    weights = {free_port(): weight for weight in (3, 1, 2, 5)}
+    return [Row(f"127.0.0.1:{port} weight={weight}", server(port, weight=weight)) for port, weight in weights.items()]
 
 
 def out(row: Row) -> Row:
     return Row(f"{row.line} down", row.entry | {"state": "drain"})
 
 
-async def choices(directive: str, method: dict[str, Any], served: Sequence[Row], dead: int = 0) -> list[tuple[str, str]]:
+async def choices(
+    directive: str, method: dict[str, Any], served: Sequence[Row], dead: int = 0
+) -> list[tuple[str, str]]:
     """For 200 clients and keys: the servers tried by native nginx, and those tried by the Lua plane.
 
     The first `dead` servers refuse connections.
@@ -137,9 +137,19 @@ ALL = [*BY_LOAD, {"method": "random"}, *(method for _, method in METHODS.values(
 
 
 async def held(app: Edge, count: int) -> list[asyncio.Task[tuple[int, str]]]:
-    tasks = [asyncio.create_task(app.get("/hold")) for _ in range(count)]
-    await eventually(lambda: sum(b.holding for b in app.backends) == count, f"{count} requests are held")
+    """So many requests that do not end, one after the other."""
+    tasks = []
+    for number in range(1, count + 1):
+        tasks.append(asyncio.create_task(app.get("/hold")))
+        await eventually(lambda n=number: sum(b.holding for b in app.backends) == n, f"{number} requests are held")
     return tasks
+
+
+async def released(app: Edge, tasks: Sequence[asyncio.Task[tuple[int, str]]]) -> None:
+    """Those requests have ended well."""
+    for backend in app.backends:
+        backend.release.set()
+    assert {status for status, _ in await asyncio.gather(*tasks)} == {200}
 
 
 @pytest.mark.parametrize("method", BY_LOAD, ids=lambda method: method["method"])
@@ -150,8 +160,7 @@ async def test_the_idle_server_is_preferred_while_the_other_holds_requests(metho
         tasks = await held(app, 4)
         await app.publish([server(busy.port), server(idle.port)], **method)
         assert set(await app.shares(40, one_shot=True)) == {idle.port}
-        busy.release.set()
-        await asyncio.gather(*tasks)
+        await released(app, tasks)
         await app.settled(busy)
         assert set(await app.shares(40)) == {busy.port, idle.port}
 
@@ -161,14 +170,9 @@ async def test_least_conn_holds_in_flight_in_the_proportion_of_the_weights() -> 
         weights = (1, 2, 5)
         entries = [server(b.port, weight=w) for b, w in zip(app.backends, weights, strict=True)]
         await app.publish(entries, method="least_conn")
-        tasks = []
-        for _ in range(16):
-            tasks += [asyncio.create_task(app.get("/hold"))]
-            await eventually(lambda: sum(b.holding for b in app.backends) == len(tasks), "one more is held")
+        tasks = await held(app, 16)
         assert [b.holding for b in app.backends] == [2, 4, 10]
-        for backend in app.backends:
-            backend.release.set()
-        await asyncio.gather(*tasks)
+        await released(app, tasks)
 
 
 async def test_a_warming_server_is_held_to_its_share_by_least_conn() -> None:
@@ -176,14 +180,9 @@ async def test_a_warming_server_is_held_to_its_share_by_least_conn() -> None:
         warm, cold = app.backends
         ramp = warm_up(held=True, elapsed_ms=30000)
         await app.publish([server(warm.port), server(cold.port, warm_up=ramp)], method="least_conn")
-        tasks = []
-        for _ in range(20):
-            tasks += [asyncio.create_task(app.get("/hold"))]
-            await eventually(lambda: sum(b.holding for b in app.backends) == len(tasks), "one more is held")
+        tasks = await held(app, 20)
         assert (warm.holding, cold.holding) == (16, 4)
-        for backend in app.backends:
-            backend.release.set()
-        await asyncio.gather(*tasks)
+        await released(app, tasks)
 
 
 async def test_random_gives_each_server_its_weight() -> None:
@@ -208,8 +207,7 @@ async def test_every_method_leaves_out_what_is_drained_full_or_has_failed(method
         assert set(await app.shares(30)) == {backup.port}
         await app.publish(others, **method)
         assert (await app.get())[0] == 502
-        full.release.set()
-        await asyncio.gather(*tasks)
+        await released(app, tasks)
         assert not [line for line in app.nginx.errors() if "lua" in line.lower()]
 
 

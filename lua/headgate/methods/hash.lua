@@ -83,7 +83,7 @@ local function new_circle(places, signature)
   local hashes, owners = {}, {}
   for owner, place in ipairs(places) do
     local base, hash = crc_of_address(place.address), 0
-    for _ = 1, math.floor(place.weight * POINTS_PER_WEIGHT) do
+    for _ = 1, math.max(1, math.floor(place.weight * POINTS_PER_WEIGHT)) do
       local crc = base
       for shift = 0, 24, 8 do
         crc = crc_byte(crc, band(rshift(hash, shift), 255))
