@@ -30,6 +30,7 @@ from controller.conf.index import Index
 from controller.conf.ledger import restoring, written_lines
 from controller.conf.parse import ConfSyntaxError
 from controller.conf.spans import directives
+from controller.conf.tree import Node
 from controller.errors import HeadgateError, SettingsError
 from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 from controller.resources import lua_dir, nginx_dir
@@ -112,7 +113,7 @@ def adoption(settings: Settings, wanted: Sequence[str] = ()) -> Plan:
         more, files = house.without_reload_plane()
         wishes += more
         own += files
-    notes = [*found.notes, *_after_a_reboot(settings)]
+    notes = [*found.notes, *_until_a_table(house.root, names), *_after_a_reboot(settings)]
     return Plan(house.in_order(wishes, own, adding=True), plane, names, tuple(left), tuple(notes))
 
 
@@ -260,6 +261,18 @@ class _House:
             return render_include(template, lua=str(lua_dir()), socket=nginx.control, snapshot=nginx.snapshot)
         except ValueError as error:
             raise SettingsError(f"[nginx] control or snapshot: {error}") from error
+
+
+def _until_a_table(root: Node, names: Sequence[str]) -> list[str]:
+    """The hook takes the directive's place at the reload, and only a table brings the method back."""
+    return [
+        f'{node.place}: until the daemon has published a table, nginx balances upstream "{upstream.args[0]}" by round '
+        f"robin and not by {node.name}; let the daemon run when you adopt"
+        for http in root.own("http")
+        for upstream in http.own("upstream")
+        if " ".join(upstream.args) in names
+        for node in upstream.own("hash", "ip_hash")
+    ]
 
 
 def _after_a_reboot(settings: Settings) -> list[str]:

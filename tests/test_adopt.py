@@ -53,17 +53,15 @@ def carry_out(site: Site, wanted: adopt.Plan) -> None:
 
 def test_all_that_can_be_is_adopted_and_the_rest_named_with_the_reason(site: Site) -> None:
     wanted = adopt.adoption(settings(site))
-    assert sorted(wanted.upstreams) == ["api", "app"]
-    legacy, zoned = wanted.left
+    assert sorted(wanted.upstreams) == ["api", "app", "legacy"]
+    (zoned,) = wanted.left
     conf_d = site.conf.parent / "conf.d"
-    assert legacy.startswith(f'{conf_d}/30-legacy.conf:2: upstream "legacy" is balanced by least_conn')
-    assert 'take least_conn out, or choose data_plane = "reload"' in legacy
     assert zoned.startswith(f'{conf_d}/40-zoned.conf:2: upstream "zoned" has a zone, in which no Lua balancer can work')
 
 
 def test_only_what_is_named_is_adopted(site: Site) -> None:
     assert adopt.adoption(settings(site), ["api"]).upstreams == ("api",)
-    assert 'upstream "legacy" is balanced by least_conn' in obstacle(site, "app", "legacy")
+    assert 'upstream "zoned" has a zone' in obstacle(site, "app", "zoned")
     with pytest.raises(EditRefused, match=r'no upstream "nope" .*there are: .*app'):
         adopt.adoption(settings(site), ["app", "nope"])
 
@@ -71,16 +69,15 @@ def test_only_what_is_named_is_adopted(site: Site) -> None:
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        ("ip_hash; server 10.0.0.1;", ":1: .*balanced by ip_hash"),
-        ("server 10.0.0.1;\nhash $uri consistent;", ":2: .*balanced by hash"),
-        ("server 10.0.0.1;\nrandom two;", ":2: .*balanced by random"),
-        ("server 10.0.0.1;\n\nsticky cookie x;", ":3: .*balanced by sticky"),
+        ("server 10.0.0.1;\n\nsticky cookie x;", ':3: .*balanced by sticky cookie x, .*choose data_plane = "reload"'),
+        ("least_time header; server 10.0.0.1;", ":1: .*balanced by least_time header"),
+        ("server 10.0.0.1;\nrandom two least_time=header;", ":2: .*balanced by random two least_time=header"),
         ("zone z 64k; state /var/lib/x.state;", ":1: .*has a zone"),
         ("state /var/lib/x.state;", ":1: .*write server lines"),
         ("server $host;", ":1: .*write the address"),
         ("server a.example service=http resolve;", ":1: .*SRV"),
         ("server 10.0.0.1;\nbalancer_by_lua_block { mine() }", ":2: .*did not write; take it out by hand"),
-        ("server 10.0.0.1;\nkeepalive 4;\nleast_conn;", ":3: .*balanced by least_conn"),
+        ("server 10.0.0.1;\nkeepalive 4;\nleast_conn;", ":3: .*stands behind keepalive"),
     ],
 )
 def test_an_upstream_that_cannot_be_adopted_is_left_with_file_line_and_remedy(
@@ -90,8 +87,25 @@ def test_an_upstream_that_cannot_be_adopted_is_left_with_file_line_and_remedy(
     with pytest.raises(adopt.CannotAdopt, match=f"{path}{reason}"):
         adopt.adoption(settings(site), ["other"])
     wanted = adopt.adoption(settings(site))
-    assert sorted(wanted.upstreams) == ["api", "app"]
+    assert sorted(wanted.upstreams) == ["api", "app", "legacy"]
     assert any(each.startswith(path) for each in wanted.left)
+
+
+@pytest.mark.parametrize(
+    "method", ["least_conn", "ip_hash", "hash $cookie_id$uri", 'hash "${uri} x" consistent', "random two least_conn"]
+)
+@pytest.mark.parametrize("block", ["{}; server 10.0.0.1; keepalive 4;", "server 10.0.0.1;\n{};"])
+def test_an_upstream_with_a_method_that_lua_knows_is_adopted_and_nginx_takes_the_hook_behind_it(
+    site: Site, method: str, block: str
+) -> None:
+    path = write(site, "conf.d/15-other.conf", f"upstream other {{ {block.format(method)} }}")
+    wanted = adopt.adoption(settings(site), ["other"])
+    assert wanted.upstreams == ("other",)
+    told = any(f'upstream "other" by round robin and not by {method.split()[0]}' in note for note in wanted.notes)
+    assert told == ("hash" in method)
+    carry_out(site, wanted)
+    after = Path(path).read_text()
+    assert max(after.index("server 10.0.0.1"), after.index(method)) < after.index("balancer_by_lua_block")
 
 
 OWN_LUA = """\
@@ -153,7 +167,7 @@ def test_code_in_a_file_of_its_own_is_looked_into(site: Site) -> None:
     assert f"{path}:1: http has a init_worker_by_lua_file" in (text := obstacle(site))
     assert f"put into the file {code}, named by its absolute path: " in text
     write(site, "init.lua", 'local h = require "headgate"\nh.init_worker()')
-    assert sorted(adopt.adoption(settings(site)).upstreams) == ["api", "app"]
+    assert sorted(adopt.adoption(settings(site)).upstreams) == ["api", "app", "legacy"]
 
 
 def test_a_location_with_a_log_by_lua_of_its_own_keeps_the_upstream_that_it_leads_to(site: Site) -> None:
@@ -166,7 +180,7 @@ def test_a_location_with_a_log_by_lua_of_its_own_keeps_the_upstream_that_it_lead
         "  location /c { log_by_lua_block { mine() } return 204; }\n}\n",
     )
     wanted = adopt.adoption(settings(site))
-    assert wanted.upstreams == ("api",)
+    assert wanted.upstreams == ("legacy", "api")
     (reason,) = (each for each in wanted.left if '"app"' in each)
     assert reason.startswith(f"{path}:3: this log_by_lua_block replaces the one that ends the count of each request")
     assert 'put into it: require("headgate").log()' in reason
@@ -174,7 +188,7 @@ def test_a_location_with_a_log_by_lua_of_its_own_keeps_the_upstream_that_it_lead
     assert note.startswith(f"{path}:6: ")
     write(site, "conf.d/50-server.conf", Path(path).read_text().replace("mine()", 'require("headgate").log() mine()'))
     wanted = adopt.adoption(settings(site))
-    assert sorted(wanted.upstreams) == ["api", "app"]
+    assert sorted(wanted.upstreams) == ["api", "app", "legacy"]
     assert not any(path in note for note in wanted.notes)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from controller.conf.parse import METHODS
+from controller.conf.parse import METHODS, is_balanced_in_lua
 from controller.conf.tree import Node, calls
 
 _LOG = ("log_by_lua", "log_by_lua_block", "log_by_lua_file")
@@ -114,10 +114,10 @@ def _of_upstream(upstream: Node) -> Iterator[str]:
     name = " ".join(upstream.args)
     for node in upstream.block or ():
         what = f'{node.place}: upstream "{name}"'
-        if node.name in METHODS:
+        if node.name in METHODS and not is_balanced_in_lua(node.name, node.args):
             yield (
-                f"{what} is balanced by {node.name}, and in Lua Headgate balances round robin only: it is left to "
-                f'nginx; take {node.name} out, or choose data_plane = "reload"'
+                f"{what} is balanced by {' '.join((node.name, *node.args))}, which Headgate does not know in Lua: "
+                f'it is left to nginx; take {node.name} out, or choose data_plane = "reload"'
             )
         elif node.name == "zone":
             yield f"{what} has a zone, in which no Lua balancer can work; take the zone out"

@@ -23,6 +23,13 @@ from crossplane.lexer import _balance_braces, _lex_file_object, register_externa
 METHODS = frozenset({"least_conn", "ip_hash", "hash", "random", "least_time", "fair", "sticky"})
 
 
+def is_balanced_in_lua(method: str, args: Sequence[str]) -> bool:
+    """Whether the Lua plane balances by this directive as nginx does."""
+    if method == "random":
+        return tuple(args) in ((), ("two",), ("two", "least_conn"))
+    return method in ("least_conn", "ip_hash") or (method == "hash" and len(args) in (1, 2))
+
+
 class Place(NamedTuple):
     """Where a directive stands."""
 
@@ -82,6 +89,8 @@ class ServerLine:
 class UpstreamBlock:
     """An `upstream` of the http block. `hooked`: its balancer hook calls headgate under this upstream's name.
 
+    `method_args` are the words behind the balancing method: `hash`'s key, for one.
+
     `obstacle` says why Headgate must leave it to nginx although somebody put a hook there, with place and remedy.
     """
 
@@ -91,6 +100,7 @@ class UpstreamBlock:
     method: str = "round_robin"
     hooked: bool = False
     obstacle: str = ""
+    method_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +222,15 @@ class _Parser:
         servers = tuple(_server(each) for each in block if each.name == "server")
         if not servers:
             raise ConfSyntaxError(f'no servers are inside upstream "{name}"', directive.place)
-        method = next((each.name for each in block if each.name in METHODS), "round_robin")
+        method = next((each for each in reversed(block) if each.name in METHODS), None)  # nginx's: the last one counts
         hook = next((each for each in block if each.name.startswith("balancer_by_lua")), None)
         called, obstacle = self._hook(hook) if hook else (None, "")
         if called == name:
             obstacle = next(_obstacles(name, block, servers), "")
         elif hook and called is not None:
             obstacle = f'{hook.place}: the hook of upstream "{name}" names "{called}"; write balance("{name}")'
-        return UpstreamBlock(name, directive.place, servers, method, called == name, obstacle)
+        named = (method.name, tuple(method.args)) if method else ("round_robin", ())
+        return UpstreamBlock(name, directive.place, servers, named[0], called == name, obstacle, named[1])
 
     def _hook(self, hook: _Directive) -> tuple[str | None, str]:
         """The upstream for which a balancer hook calls headgate, None where it does not; and what is wrong with it."""
@@ -244,12 +255,17 @@ def _block(directive: _Directive) -> list[_Directive]:
 
 def _obstacles(name: str, block: Iterable[_Directive], servers: Iterable[ServerLine]) -> Iterator[str]:
     """Why an upstream that is hooked cannot be managed."""
+    behind_hook = False
     for each in block:
-        if each.name in METHODS:
+        behind_hook |= each.name.startswith("balancer_by_lua")
+        if each.name in METHODS and not is_balanced_in_lua(each.name, each.args):
+            method = " ".join((each.name, *each.args))
             yield (
-                f'{each.place}: upstream "{name}" is balanced by {each.name}, Headgate manages round robin only; '
+                f'{each.place}: upstream "{name}" is balanced by {method}, which Headgate does not manage; '
                 f"take out {each.name} or the hook"
             )
+        elif each.name in METHODS and behind_hook:
+            yield f"{each.place}: {each.name} stands behind the hook and switches it off; move it above"
         elif each.name == "zone":
             yield f'{each.place}: upstream "{name}" has a zone, in which a Lua balancer cannot work; take out the zone'
         elif each.name == "state":

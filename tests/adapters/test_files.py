@@ -1,12 +1,15 @@
 """NginxFiles on real files, with a look-up of names that the tests own."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from controller.adapters.nginx.files import NginxFiles, lookup
-from controller.core.model import Place, Policy, Server, WarmUpPolicy
+from controller.core.model import Group, Peer, Place, Policy, Server, State, WarmUpPolicy
+from controller.core.table import table
 from controller.ports import ConfigError, NginxConfig
 
 POLICY = Policy(warm_up=WarmUpPolicy(duration=7.0))
@@ -141,13 +144,38 @@ async def test_lines_of_one_address_are_one_server_with_their_weights_added(hous
     assert "127.0.0.1 stands 4 times in app; taken as one" in config.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("directive", "fields"),
+    [
+        ("least_conn", {"method": "least_conn"}),
+        ("ip_hash", {"method": "ip_hash"}),
+        ("hash $uri", {"method": "hash", "key": "$uri", "consistent": False}),
+        ('hash "a $uri" consistent', {"method": "hash", "key": "a $uri", "consistent": True}),
+        ("random", {"method": "random", "two": False}),
+        ("random two least_conn", {"method": "random", "two": True}),
+    ],
+)
+async def test_the_method_goes_into_the_table_and_where_weights_place_clients_nothing_warms_up(
+    house: House, directive: str, fields: dict[str, object]
+) -> None:
+    (upstream,) = (await house.read(f"{directive}; server 127.0.0.1; server app:82;")).upstreams
+    peers = {server.key: Peer(incumbent=True) for server in upstream.servers}
+    written: Any = table(State(groups={"app": Group(upstream, peers)}), 0.0)["upstreams"]
+    entry = written["app"]
+    servers = entry.pop("servers")
+    assert entry == {"fail_open": False, **fields}
+    assert [server.get("address") for server in servers] == [None, "app:82", "app:82"]
+    duration = 0.0 if "hash" in directive else POLICY.warm_up.duration
+    assert upstream.policy == replace(POLICY, warm_up=replace(POLICY.warm_up, duration=duration))
+
+
 async def test_upstreams_without_a_hook_are_named_and_those_with_an_obstacle_are_explained(house: House) -> None:
     hook = 'balancer_by_lua_block { require("headgate").balance("least") }'
-    more = f"upstream plain {{ server a; }}\nupstream least {{ least_conn; server b; {hook} }}"
+    more = f"upstream plain {{ server a; }}\nupstream least {{ sticky x; server b; {hook} }}"
     config = await house.read("server 127.0.0.1;", more)
     assert [each.name for each in config.upstreams] == ["app"]
     assert config.unhooked == ("plain",)
-    assert config.warnings[0].startswith(f'{house.path}:8: upstream "least" is balanced by least_conn')
+    assert config.warnings[0].startswith(f'{house.path}:8: upstream "least" is balanced by sticky x')
 
 
 async def test_a_broken_file_is_a_config_error_that_names_file_and_line(house: House) -> None:

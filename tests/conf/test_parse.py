@@ -121,12 +121,32 @@ def test_the_file_of_a_hook_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("directive", "method", "args"),
+    [
+        ("", "round_robin", ()),
+        ("least_conn;", "least_conn", ()),
+        ("ip_hash;", "ip_hash", ()),
+        ("hash '$uri of ${arg_a}' consistent;", "hash", ("$uri of ${arg_a}", "consistent")),
+        ("random two;", "random", ("two",)),
+        ("ip_hash; random;", "random", ()),
+    ],
+)
+def test_the_method_of_a_hooked_upstream_comes_with_its_words(
+    directive: str, method: str, args: tuple[str, ...]
+) -> None:
+    block = upstream(f"{directive} server a; {HOOK}")
+    assert (block.method, block.method_args, block.obstacle) == (method, args, "")
+
+
+@pytest.mark.parametrize(
     ("body", "obstacle"),
     [
         (f"server a; {HOOK.replace('app', 'other')}", 'of upstream "app" names "other"; write balance("app")'),
         ('server a; balancer_by_lua_block { require("headgate").balance(name) }', "names no upstream"),
         ("server a; balancer_by_lua_file app.lua;", "absolute path"),
-        (f"server a; ip_hash; {HOOK}", "is balanced by ip_hash"),
+        (f"server a; sticky cookie x; {HOOK}", "is balanced by sticky cookie x"),
+        (f"random two least_time=header; server a; {HOOK}", "is balanced by random two least_time=header"),
+        (f"server a; {HOOK} ip_hash;", "ip_hash stands behind the hook and switches it off"),
         (f"zone app 64k; server a; {HOOK}", "take out the zone"),
         (f"server $backend:80; {HOOK}", "holds a variable"),
         (f"server a service=http resolve; {HOOK}", "SRV"),

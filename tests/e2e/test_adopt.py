@@ -22,8 +22,8 @@ from tests.support.site import Site
 
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "")
 
-ADOPTED = {"etc/nginx.conf", "etc/conf.d/10-app.conf", "etc/sites-available/api", "headgate/nginx-http.conf"}
-NAMES = ADOPTED | {"etc/sites-enabled/api"}
+APP = {"etc/nginx.conf", "etc/conf.d/10-app.conf", "headgate/nginx-http.conf"}
+NAMES = APP | {"etc/conf.d/30-legacy.conf", "etc/sites-available/api", "etc/sites-enabled/api"}
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_the_diff_shows_three_lines_and_changes_nothing(site: Site) -> None:
     added = [line[1:].strip() for line in done.stdout.splitlines() if line[:1] == "+" and line[:3] != "+++"]
     assert sorted(added) == [
         'balancer_by_lua_block { require("headgate").balance("app") }',
+        'balancer_by_lua_block { require("headgate").balance("legacy") }',
         f'include "{site.include}";',
         f"upstream api {{ server {site.addresses[0]}; server {site.addresses[1]}; "
         'balancer_by_lua_block { require("headgate").balance("api") } }',
     ]
-    assert f'{site.conf.parent}/conf.d/30-legacy.conf:2: upstream "legacy" is balanced by least_conn' in done.stdout
     assert f'{site.conf.parent}/conf.d/40-zoned.conf:2: upstream "zoned" has a zone' in done.stdout
     assert site.changed() == set()
     assert not site.include.parent.exists()
@@ -86,7 +86,7 @@ def test_adopt_servers_live_and_release_with_no_request_lost(site: Site) -> None
     with traffic(site):
         done = site.headgate("adopt", "--yes")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[-2] == "adopted: app, api"
+        assert done.stdout.splitlines()[-2] == "adopted: app, legacy, api"
         assert site.changed() == NAMES
         workers = site.accepting()
         assert not workers & before, "the verified reload"
@@ -120,7 +120,7 @@ def test_adopt_servers_live_and_release_with_no_request_lost(site: Site) -> None
 
         done = site.headgate("release", "--yes")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[-1] == "released: app, api"
+        assert done.stdout.splitlines()[-1] == "released: app, legacy, api"
         assert not site.accepting() & workers
         assert site.changed() == {"etc/conf.d/10-app.conf"}, "the server lines stay as they were set"
     assert set(site.shares()) == set(site.ports)
@@ -128,7 +128,7 @@ def test_adopt_servers_live_and_release_with_no_request_lost(site: Site) -> None
 
 def test_release_gives_every_file_back_byte_for_byte(site: Site) -> None:
     assert site.headgate("adopt", "--yes", "app").returncode == 0
-    assert site.changed() == ADOPTED - {"etc/sites-available/api"}
+    assert site.changed() == APP
     assert site.headgate("adopt", "--yes").returncode == 0
     assert site.changed() == NAMES
     assert site.headgate("release", "--yes").returncode == 0
@@ -140,7 +140,7 @@ def test_whatever_is_done_already_is_not_done_again(site: Site) -> None:
     assert (done.returncode, done.stdout) == (0, "there is nothing to do: everything that can be is released already\n")
     assert site.headgate("adopt", "--yes").returncode == 0
     workers, files = site.accepting(), site.files()
-    done = site.headgate("adopt", "--yes", "api", "app")
+    done = site.headgate("adopt", "--yes", "api", "app", "legacy")
     assert done.returncode == 0
     assert done.stdout == "there is nothing to do: everything that can be is adopted already\n"
     assert (site.accepting(), site.files()) == (workers, files)
@@ -324,7 +324,7 @@ def test_servers_are_not_changed_where_that_cannot_be_followed(site: Site) -> No
     wait_until(lambda: len(site.status()) == 3, "the daemon knows them", 20)
     before = site.files()
     for words, code, text in [
-        (("remove", "legacy", first), 2, "legacy"),
+        (("remove", "zoned", first), 2, "zoned"),
         (("remove", "app", "10.0.0.1:1"), 2, "has no server 10.0.0.1:1"),
         (("add", "app", first), 1, "is a server of upstream"),
         (("add", "app", "10.0.0.1:1", "weight=0"), 2, 'no parameter "weight=0"'),

@@ -151,10 +151,26 @@ class NginxFiles:
                     missing |= not last
             if not missing:
                 servers = tuple(server for line in lines for server in self._servers(line))
-                place = Place(*block.place)
-                upstreams.append(Upstream(block.name, servers, policy=self._policy_for(block.name), place=place))
+                upstreams.append(self._upstream(block, servers))
         unhooked = tuple(block.name for block in tree.upstreams if not self._managed(block))
         return NginxConfig(tuple(upstreams), unhooked, tree.files, tuple(dict.fromkeys(warnings)))
+
+    def _upstream(self, block: UpstreamBlock, servers: tuple[Server, ...]) -> Upstream:
+        policy = self._policy_for(block.name)
+        if block.hooked and block.method in ("hash", "ip_hash"):
+            # A weight that grows would move other clients at each step.
+            policy = replace(policy, warm_up=replace(policy.warm_up, duration=0.0))
+        hashed = block.method == "hash"
+        return Upstream(
+            block.name,
+            servers,
+            block.method,
+            policy,
+            Place(*block.place),
+            hash_key=block.method_args[0] if hashed else "",
+            consistent=hashed and "consistent" in block.method_args[1:],
+            two=block.method == "random" and "two" in block.method_args,
+        )
 
     def _names(self, tree: Tree) -> set[str]:
         managed = (block for block in tree.upstreams if self._managed(block) and not block.obstacle)
