@@ -151,7 +151,8 @@ def test_a_server_that_is_killed_under_load_shows_in_the_figures(nginx: Nginx) -
             process.kill()
         until(lambda: bool(load.read()) and bool(load.ticks[-1]["failures"]), "failures", 20, stage.prefix / "load.log")
         summary = load.finish()
-    assert set(summary["failures"]) <= {"server_error", "incomplete_stream"}
+    # nginx says 502 where no answer had begun; an answer that was under way breaks off.
+    assert set(summary["failures"]) <= {"server_error", "truncated", "incomplete_stream"}
     assert summary["failed"] == sum(summary["failures"].values()) > 0
 
 
