@@ -265,11 +265,11 @@ class Stage:
         until(self._serves, "the daemon to find every server up", 30, self.prefix / "headgate.log")
 
     def start_daemon(self) -> subprocess.Popen[bytes]:
-        """Start the daemon and wait until its API answers."""
+        """Start the daemon and wait until it answers for the upstream: at first it has not yet read nginx.conf."""
         command = [sys.executable, "-m", "controller", "--config", str(self.settings), "run"]
         log = self.prefix / "headgate.log"
         self.daemon = self.spawn(command, log)
-        until(lambda: self._status() is not None, "the daemon to answer", 30, log)
+        until(lambda: bool((self._status() or {}).get("upstreams")), "the daemon to answer", 30, log)
         return self.daemon
 
     def stop_daemon(self) -> None:
