@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from controller.conf.index import Splice
-from controller.conf.parse import ConfSyntaxError, Place, _Directive, _directives
+from controller.conf.parse import ConfSyntaxError, Place, RawDirective, raw_directives
 from controller.conf.spans import Directive, Word, directives, line_of, skip_gap, tokens, word
 
 # What may follow a directive on the last line of it, and the same with no comment. A carriage return at the very end of
@@ -296,9 +296,9 @@ def _nodes(tree: Sequence[Directive], codec: str) -> tuple[Node, ...]:
 
 
 def _crossplane(data: bytes, codec: str) -> tuple[Node, ...]:
-    def nodes(tree: Sequence[_Directive]) -> tuple[Node, ...]:
+    def nodes(tree: Sequence[RawDirective]) -> tuple[Node, ...]:
         return tuple(
             Node(each.name, tuple(each.args), None if each.block is None else nodes(each.block)) for each in tree
         )
 
-    return nodes(_directives("crossplane", data.decode(codec).encode()))
+    return nodes(raw_directives("crossplane", data.decode(codec).encode()))

@@ -15,7 +15,7 @@ from controller.conf.diff import FileEdit
 from controller.conf.draft import Draft, EditRefused, Reason
 from controller.conf.find import Finder, Spot, encoded
 from controller.conf.index import Index, Splice
-from controller.conf.parse import METHODS, ConfSyntaxError, Place, _address, _seconds
+from controller.conf.parse import METHODS, ConfSyntaxError, Place, duration_seconds, split_address
 from controller.conf.spans import LONGEST
 
 
@@ -145,7 +145,7 @@ class _Planning:
         name, address = edit.upstream, edit.address
         block, servers = self._finder.upstream(name), self._finder.servers(name)
         try:
-            _address(address, block.begin)
+            split_address(address, block.begin)
         except ConfSyntaxError as error:
             raise EditRefused(Reason.BAD_VALUE, str(error)) from error
         words: tuple[bytes, ...] = (b"server", _checked(address, block.begin))
@@ -270,7 +270,7 @@ def _checked_parameter(name: str, value: str | None, place: Place) -> bytes:
     elif name in _NUMBERS:
         good = value is None or (re.fullmatch("[0-9]{1,9}", value) is not None and int(value) >= (name == "weight"))
     else:
-        good = name == "fail_timeout" and (value is None or (" " not in value and _seconds(value) is not None))
+        good = name == "fail_timeout" and (value is None or (" " not in value and duration_seconds(value) is not None))
     if not good:
         names = ", ".join(sorted(_NUMBERS | _FLAGS | {"fail_timeout"}))
         shown = name if value is None else f"{name}={value}"

@@ -124,16 +124,16 @@ class Cache:
 
     def __init__(self) -> None:
         self.parsed = 0
-        self._files: dict[str, tuple[str, list[_Directive]]] = {}
+        self._files: dict[str, tuple[str, list[RawDirective]]] = {}
 
-    def directives(self, path: str, content: bytes) -> list[_Directive]:
+    def directives(self, path: str, content: bytes) -> list[RawDirective]:
         """The tree of one file; ConfSyntaxError. Whoever gets it must not change it."""
         version = digest(content)
         known = self._files.get(path)
         if known and known[0] == version:
             return known[1]
         self.parsed += 1
-        directives = _directives(path, content)
+        directives = raw_directives(path, content)
         self._files[path] = version, directives
         return directives
 
@@ -151,11 +151,13 @@ def parse(path: str, reader: Reader, cache: Cache | None = None) -> Tree:
 
 
 @dataclass(slots=True)
-class _Directive:
+class RawDirective:
+    """A directive as crossplane's lexer reads it, its arguments unquoted; `block` is None where it has none."""
+
     name: str
     place: Place
     args: list[str] = field(default_factory=list)
-    block: list[_Directive] | None = None
+    block: list[RawDirective] | None = None
 
 
 class _Parser:
@@ -163,7 +165,7 @@ class _Parser:
         self.path = path
         self.reader = reader
         self.cache = cache
-        self.files: dict[str, list[_Directive]] = {}
+        self.files: dict[str, list[RawDirective]] = {}
         self.names: dict[str, Place] = {}
 
     def tree(self) -> Tree:
@@ -177,7 +179,7 @@ class _Parser:
         self.cache.keep(self.files)
         return Tree(upstreams, tuple(self.files))
 
-    def _expand(self, directives: Iterable[_Directive], within: tuple[str, ...]) -> list[_Directive]:
+    def _expand(self, directives: Iterable[RawDirective], within: tuple[str, ...]) -> list[RawDirective]:
         """The directives with the content of included files in the place of `include`, as nginx sees them."""
         out = []
         for each in directives:
@@ -188,11 +190,11 @@ class _Parser:
                     out += self._expand(self._load(path, each.place), (*within, path))
                 continue
             if each.block is not None:
-                each = _Directive(each.name, each.place, each.args, self._expand(each.block, within))
+                each = RawDirective(each.name, each.place, each.args, self._expand(each.block, within))
             out.append(each)
         return out
 
-    def _included(self, include: _Directive) -> Sequence[str]:
+    def _included(self, include: RawDirective) -> Sequence[str]:
         if len(include.args) != 1:
             raise ConfSyntaxError('invalid number of arguments in "include" directive', include.place)
         pattern = posixpath.join(posixpath.dirname(self.path), include.args[0])
@@ -200,7 +202,7 @@ class _Parser:
             raise ConfSyntaxError('there is a zero byte in the path of "include"', include.place)
         return self.reader.glob(pattern) if re.search(r"[*?\[]", pattern) else [pattern]
 
-    def _load(self, path: str, at: Place | None) -> list[_Directive]:
+    def _load(self, path: str, at: Place | None) -> list[RawDirective]:
         if path not in self.files:
             self.files[path] = self.cache.directives(path, self._read(path, at))
         return self.files[path]
@@ -211,7 +213,7 @@ class _Parser:
         except OSError as error:
             raise ConfSyntaxError(f'open() "{path}" failed ({error.strerror})', at) from error
 
-    def _upstream(self, directive: _Directive) -> UpstreamBlock:
+    def _upstream(self, directive: RawDirective) -> UpstreamBlock:
         block = _block(directive)
         if len(directive.args) != 1:
             raise ConfSyntaxError('invalid number of arguments in "upstream" directive', directive.place)
@@ -232,7 +234,7 @@ class _Parser:
         named = (method.name, tuple(method.args)) if method else ("round_robin", ())
         return UpstreamBlock(name, directive.place, servers, named[0], called == name, obstacle, named[1])
 
-    def _hook(self, hook: _Directive) -> tuple[str | None, str]:
+    def _hook(self, hook: RawDirective) -> tuple[str | None, str]:
         """The upstream for which a balancer hook calls headgate, None where it does not; and what is wrong with it."""
         code = hook.args[0] if hook.args else ""
         if hook.name == "balancer_by_lua_file":
@@ -247,13 +249,13 @@ class _Parser:
         return None, f'{hook.place}: the hook loads headgate but names no upstream; write balance("NAME")'
 
 
-def _block(directive: _Directive) -> list[_Directive]:
+def _block(directive: RawDirective) -> list[RawDirective]:
     if directive.block is None:
         raise ConfSyntaxError(f'directive "{directive.name}" has no opening "{{"', directive.place)
     return directive.block
 
 
-def _obstacles(name: str, block: Iterable[_Directive], servers: Iterable[ServerLine]) -> Iterator[str]:
+def _obstacles(name: str, block: Iterable[RawDirective], servers: Iterable[ServerLine]) -> Iterator[str]:
     """Why an upstream that is hooked cannot be managed."""
     behind_hook = False
     for each in block:
@@ -277,7 +279,7 @@ def _obstacles(name: str, block: Iterable[_Directive], servers: Iterable[ServerL
             yield f"{line.place}: {line.address} is found by SRV records (service=), which Headgate does not follow"
 
 
-def _server(directive: _Directive) -> ServerLine:
+def _server(directive: RawDirective) -> ServerLine:
     place = directive.place
     if directive.block is not None:
         raise ConfSyntaxError('directive "server" is not terminated by ";"', place)
@@ -295,17 +297,17 @@ def _server(directive: _Directive) -> ServerLine:
             others.append(parameter)
             continue
         elif key == "fail_timeout":
-            value = _seconds(text)
+            value = duration_seconds(text)
         else:
             value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) and int(text) >= (key == "weight") else None
         if value is None:
             raise ConfSyntaxError(f'invalid parameter "{parameter}"', place)
         values[key] = value
-    host, port, unix = _address(address, place)
+    host, port, unix = split_address(address, place)
     return ServerLine(address, place, host, port, unix, others=tuple(others), **values)  # type: ignore[arg-type]
 
 
-def _address(address: str, place: Place) -> tuple[str, int, str]:
+def split_address(address: str, place: Place) -> tuple[str, int, str]:
     """Host without brackets, port, and path of a unix socket (nginx: ngx_parse_url with default port 80)."""
     if address.startswith("unix:"):
         if not address.removeprefix("unix:"):
@@ -323,7 +325,7 @@ def _address(address: str, place: Place) -> tuple[str, int, str]:
     return host, int(port), ""
 
 
-def _seconds(text: str) -> float | None:
+def duration_seconds(text: str) -> float | None:
     """nginx's time in seconds, greater units first: `10`, `10s`, `1m30s`; None where it is none."""
     units = {"y": 31536000, "M": 2592000, "w": 604800, "d": 86400, "h": 3600, "m": 60}
     pattern = "".join(f"(?:([0-9]{{1,10}}){unit} ?)?" for unit in units) + "(?:([0-9]{1,10})s?)?"
@@ -335,13 +337,13 @@ def _seconds(text: str) -> float | None:
     )
 
 
-def _directives(path: str, content: bytes) -> list[_Directive]:
+def raw_directives(path: str, content: bytes) -> list[RawDirective]:
     """One file as a tree, without what can neither be nor bring a part of an upstream: most of a large tree."""
     # nginx takes `…_by_lua_block{` too, crossplane needs the blank to see a Lua block.
     text = re.sub(r"(_by_lua_block)\{", r"\1 {", content.decode("utf-8", "replace"))
     last = Place(path, text.count("\n") + 1)
-    root: list[_Directive] = []
-    outer: list[list[_Directive]] = []
+    root: list[RawDirective] = []
+    outer: list[list[RawDirective]] = []
     current, directive = root, None
     try:
         for token, line, quoted in _balance_braces(_lex_file_object(StringIO(text)), path):
@@ -356,7 +358,7 @@ def _directives(path: str, content: bytes) -> list[_Directive]:
                 elif mark in (";", "{"):
                     raise ConfSyntaxError(f'unexpected "{mark}"', Place(path, line))
                 else:
-                    directive = _Directive(token, Place(path, line))
+                    directive = RawDirective(token, Place(path, line))
                     current.append(directive)
             elif mark == "}":
                 raise ConfSyntaxError(f'unexpected "}}", "{directive.name}" has no ";"', Place(path, line))

@@ -26,7 +26,7 @@ from controller.conf.edit import (
     plan,
 )
 from controller.conf.index import Index
-from controller.conf.parse import ConfSyntaxError, _Directive, _directives
+from controller.conf.parse import ConfSyntaxError, RawDirective, raw_directives
 from tests.support.confs import CORPUS, Files, addresses, configurations, corpus_files, needs_corpus
 
 MAIN, OURS = "/n/nginx.conf", "/n/ours.conf"
@@ -68,7 +68,7 @@ def edits(draw: st.DrawFn) -> Edit:
 Entry = tuple[tuple[str, ...], str, tuple[str, ...]]
 
 
-def flat(tree: list[_Directive], within: tuple[str, ...] = ()) -> Iterator[Entry]:
+def flat(tree: list[RawDirective], within: tuple[str, ...] = ()) -> Iterator[Entry]:
     """Every directive with what encloses it."""
     for each in tree:
         yield within, each.name, tuple(each.args)
@@ -76,7 +76,7 @@ def flat(tree: list[_Directive], within: tuple[str, ...] = ()) -> Iterator[Entry
 
 
 def reading(files: dict[str, bytes]) -> dict[str, list[Entry]]:
-    return {path: list(flat(_directives(path, data))) for path, data in files.items()}
+    return {path: list(flat(raw_directives(path, data))) for path, data in files.items()}
 
 
 def server_lines(where: Files, read: dict[str, list[Entry]], name: str) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from controller.conf.draft import EditRefused, Reason
 from controller.conf.edit import SetParameter, plan
 from controller.conf.index import Index
 from controller.conf.ledger import Ledger, WrittenLine, written_lines
-from controller.conf.parse import _address
+from controller.conf.parse import split_address
 from controller.core.quantise import Key, Line, Setting, Unsayable, quantise
 
 Table = Mapping[str, Any]
@@ -75,7 +75,7 @@ def _lines(
     """
     same: dict[tuple[str, int, str], list[int]] = {}
     for at, line in enumerate(written):
-        host, port, unix = _address(line.address, line.place)
+        host, port, unix = split_address(line.address, line.place)
         same.setdefault((host.lower(), port, unix), []).append(at)
     lines: dict[int, Line] = {}
     for twins in same.values():
