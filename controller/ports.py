@@ -5,6 +5,7 @@ Values that cross this border and their exceptions stand here; how they are obta
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -124,9 +125,12 @@ class ProcessControl(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a probe does. `type` is http, https or tcp; seconds; `statuses` are inclusive ranges; `body` a substring.
+    """What a probe does. `type` is http, https, tcp, grpc or agent; seconds; `statuses` are inclusive ranges; `body` a
+    substring; `header` is a name, or a name, a colon and a substring of its value.
 
-    `jitter` is the share of the interval by which each wait varies either way.
+    `jitter` is the share of the interval by which each wait varies either way. `fast_interval` and `down_interval`
+    replace `interval` while the verdict is about to change, and while the server is down. `service` belongs to grpc,
+    `send` to agent. `agent` is a second check beside this one, which asks the server's agent.
     """
 
     type: str = "http"
@@ -134,20 +138,48 @@ class Check:
     host: str | None = None
     port: int | None = None
     interval: float = 2.0
+    fast_interval: float | None = None
+    down_interval: float | None = None
     timeout: float = 1.0
     jitter: float = 0.1
     statuses: tuple[tuple[int, int], ...] = ((200, 399),)
     body: str | None = None
+    header: str | None = None
     ca_file: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
     server_name: str | None = None
     verify: bool = True
+    service: str = ""
+    send: str = ""
+    agent: Check | None = None
+
+
+class Pace(enum.Enum):
+    """How soon the next probe of a server comes: by `interval`, `fast_interval` or `down_interval` of its check."""
+
+    STEADY = "steady"
+    FAST = "fast"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server, how it is probed, and how often now."""
+
+    server: Server
+    check: Check
+    pace: Pace = Pace.STEADY
 
 
 class Prober(Protocol):
-    """Keeps probing a set of targets and emits ProbeResult events."""
+    """Keeps probing a set of targets and emits ProbeResult events, and AgentSaid for what agents answer."""
 
-    def set_targets(self, targets: Mapping[tuple[str, str], tuple[Server, Check]]) -> None:
-        """Probe exactly these, by (upstream, server key). Unchanged ones keep their rhythm; new ones start at once."""
+    def set_targets(self, targets: Mapping[tuple[str, str], Target]) -> None:
+        """Probe exactly these, by (upstream, server key). Unchanged ones keep their rhythm; new ones start at once.
+
+        Another pace shortens the wait for the next probe at once, and never cancels one that is under way.
+        """
 
     def probe_now(self, upstream: str, server: str) -> None:
         """Drop a probe under way, if any, and probe this target at once."""

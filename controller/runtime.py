@@ -31,7 +31,7 @@ from controller.core.events import (
     StepFailed,
     Ticked,
 )
-from controller.core.model import Admin, Refused, State, StepName, StepState
+from controller.core.model import Admin, Health, Peer, Refused, State, StepName, StepState
 from controller.core.step import step
 from controller.errors import HeadgateError
 from controller.ports import (
@@ -44,12 +44,14 @@ from controller.ports import (
     Delta,
     EventRecord,
     NginxConfig,
+    Pace,
     PlaneRefused,
     PlaneUnreachable,
     Prober,
     ProcessControl,
     Store,
     StoreError,
+    Target,
 )
 from controller.stages import carry_out
 
@@ -371,7 +373,7 @@ class Runtime:
         if self.state.groups is not before.groups:
             self._prober.set_targets(
                 {
-                    (name, server.key): (server, self._check_for(name))
+                    (name, server.key): Target(server, self._check_for(name), _pace(group.peers[server.key]))
                     for name, group in self.state.groups.items()
                     for server in group.upstream.servers
                     if group.peers[server.key].admin is not Admin.MAINT
@@ -515,3 +517,10 @@ class Runtime:
         if not task.cancelled() and (error := task.exception()):
             log.error("a task of the daemon failed", exc_info=error)
             self.failed.set()
+
+
+def _pace(peer: Peer) -> Pace:
+    """How often a server is probed: soon while its verdict is about to change, else as is right for its health."""
+    if (peer.passes and peer.health is not Health.UP) or (peer.fails and peer.health is not Health.DOWN):
+        return Pace.FAST
+    return Pace.DOWN if peer.health is Health.DOWN else Pace.STEADY

@@ -18,7 +18,19 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from controller.core.model import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, RolloutPolicy, WarmUpPolicy
+from controller.core.model import (
+    BalancePolicy,
+    DrainPolicy,
+    HealthPolicy,
+    NoticePolicy,
+    OutlierPolicy,
+    Policy,
+    ProcessPolicy,
+    QuarantinePolicy,
+    RolloutPolicy,
+    StickyPolicy,
+    WarmUpPolicy,
+)
 from controller.errors import SettingsError
 from controller.ports import Check
 
@@ -90,6 +102,33 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _header(text: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:: *[ -~]+)?", text):
+        raise ValueError(f'{text!r} is no header; write "Name", or "Name: part of its value"')
+    return text
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", text):
+        raise ValueError(f"{text!r} is no name of a cookie; use letters, digits, - and _")
+    return text
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[!-~]+", text):
+        raise ValueError(f'{text!r} is no URL; begin it with "http://" or "https://"')
+    return text
+
+
+def _variables(text: str) -> str:
+    if text and "$" not in text:
+        raise ValueError(f'{text!r} is the same for every request; write a variable of nginx, such as "$remote_addr"')
+    for name in re.findall(r"\$\{?(\w*)", text):
+        if not name:
+            raise ValueError(f'{text!r} has a "$" without a name; write "$name" or "${{name}}"')
+    return text
+
+
 def _store(url: str) -> str:
     if not url.startswith("sqlite:////"):
         raise ValueError(f'{url!r} is no store; write "sqlite:///" and an absolute path, "{Store().url}"')
@@ -158,6 +197,13 @@ class Api(_Table):
         return (host.strip("[]"), int(port)) if host else None
 
 
+class Readiness(_Table):
+    """[readiness]: a second place for /readiness and /health, for orchestrators. Off where `listen` is empty."""
+
+    listen: Annotated[str, AfterValidator(_listen)] = ""
+    warm: bool = False
+
+
 class Store(_Table):
     """[store]: where changes and events are remembered."""
 
@@ -174,20 +220,27 @@ class Log(_Table):
 class CheckTable(_Table):
     """[*.check]: how a server is probed, and how many results change the verdict."""
 
-    type: Literal["http", "https", "tcp"] = "http"
+    type: Literal["http", "https", "tcp", "grpc", "agent"] = "http"
     path: Annotated[str, AfterValidator(_url_path)] = "/healthz"
     host: HostName | None = None
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     interval: Annotated[Duration, Field(ge=0.1)] = 2.0
+    fast_interval: Annotated[Duration, Field(ge=0.1)] | None = None
+    down_interval: Annotated[Duration, Field(ge=0.1)] | None = None
     timeout: PositiveDuration = 1.0
     jitter: Annotated[Share, Field(le=0.5)] = 0.1
     rise: Annotated[int, Field(ge=1)] = 2
     fall: Annotated[int, Field(ge=1)] = 3
     statuses: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_statuses), Field(min_length=1)] = ((200, 399),)
     body: Annotated[str, Field(min_length=1)] | None = None
+    header: Annotated[str, AfterValidator(_header)] | None = None
     ca_file: ReadableFile | None = None
+    client_cert: ReadableFile | None = None
+    client_key: ReadableFile | None = None
     server_name: HostName | None = None
     verify: bool = True
+    service: str = ""
+    send: str = ""
 
     @model_validator(mode="after")
     def _in_time(self) -> Self:
@@ -196,13 +249,112 @@ class CheckTable(_Table):
         return self
 
 
+class AgentTable(_Table):
+    """[*.agent]: a second check that asks the backend for its load, in the words of HAProxy's agent check."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    interval: Annotated[Duration, Field(ge=0.1)] = 2.0
+    timeout: PositiveDuration = 1.0
+    send: str = ""
+
+
+class HealthTable(_Table):
+    """[*.health]: what becomes of a server's verdicts."""
+
+    detector: Literal["count", "accrual"] = "count"
+    phi: Annotated[float, Field(gt=0, le=100, strict=False)] = 8.0
+    panic: Share = 0.0
+    flaps: Annotated[int, Field(ge=0)] = 5
+    flap_window: PositiveDuration = 60.0
+    flap_hold: PositiveDuration = 30.0
+    flap_cap: PositiveDuration = 300.0
+
+
+class OutlierTable(_Table):
+    """[*.outlier]: passive checks, by what the traffic shows."""
+
+    errors: Annotated[int, Field(ge=0)] = 5
+    timeouts: Annotated[int, Field(ge=0)] = 5
+    server_errors: Annotated[int, Field(ge=0)] = 5
+    interval: Annotated[Duration, Field(ge=1)] = 10.0
+    base: PositiveDuration = 30.0
+    cap: PositiveDuration = 300.0
+    max_ejected: Share = 0.1
+    hosts: Annotated[int, Field(ge=2)] = 5
+    requests: Annotated[int, Field(ge=1)] = 100
+    success_rate: Annotated[float, Field(ge=0, le=100, strict=False)] = 1.9
+    latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 5.0
+
+
+class QuarantineTable(_Table):
+    """[*.quarantine]: what an offline notice does."""
+
+    duration: PositiveDuration = 120.0
+    marks: bool = True
+
+
+class NoticesTable(_Table):
+    """[*.notices]: who is told that a server goes offline."""
+
+    enabled: bool = False
+    consumers: Annotated[tuple[Annotated[str, AfterValidator(_url)], ...], Field(strict=False)] = ()
+    tries: Annotated[int, Field(ge=1, le=10)] = 3
+    timeout: PositiveDuration = 1.0
+    deadline: PositiveDuration = 5.0
+
+    @model_validator(mode="after")
+    def _has_consumers(self) -> Self:
+        if self.enabled and not self.consumers:
+            raise ValueError('enabled without consumers; write consumers = ["http://…"], or take enabled out')
+        return self
+
+
+class BalanceTable(_Table):
+    """[*.balance]: the method, where it is not nginx.conf's."""
+
+    method: Literal["", "round_robin", "least_conn", "ewma", "hash", "ip_hash", "random"] = ""
+    key: Annotated[str, AfterValidator(_variables)] = ""
+    consistent: bool = True
+    bound: Annotated[float, Field(ge=0, le=100, strict=False)] = 0.0
+    two: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.method == "hash" and not self.key:
+            raise ValueError('method = "hash" needs a key; write key = "$remote_addr", or another variable of nginx')
+        if 0 < self.bound < 1:
+            raise ValueError(f"bound = {self.bound:g} leaves requests without a server; write 1.25, or 0 for none")
+        return self
+
+
+class StickyTable(_Table):
+    """[*.sticky]: sessions bound to a server by a cookie."""
+
+    cookie: Annotated[str, AfterValidator(_token)] = ""
+    path: Annotated[str, AfterValidator(_url_path)] = "/"
+    secure: bool = True
+    http_only: bool = True
+    same_site: Literal["Strict", "Lax", "None"] = "Lax"
+    max_age: Annotated[int, Field(ge=0)] = 0
+    drain: Duration = 30.0
+    idle: PositiveDuration = 5.0
+
+
 class WarmUpTable(_Table):
     """[*.warm_up]: how a server that comes online gets its share."""
 
     duration: Duration = 120.0
     curve: Annotated[float, Field(gt=0, le=100, strict=False)] = 1.0
     floor: Annotated[Share, Field(gt=0)] = 0.1
+    steps: Annotated[int, Field(ge=0, le=1000)] = 0
     starts: Literal["first-request", "healthy"] = "first-request"
+    ignore_paths: Annotated[tuple[Annotated[str, AfterValidator(_url_path)], ...], Field(strict=False)] = ()
+    max_cold: Annotated[Share, Field(gt=0)] = 0.5
+    hold_errors: Annotated[float, Field(ge=0, le=1000, strict=False)] = 2.0
+    hold_latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 3.0
+    hold_requests: Annotated[int, Field(ge=1)] = 20
+    hold_window: Annotated[Duration, Field(ge=1)] = 5.0
+    step_back: PositiveDuration = 30.0
 
 
 class DrainTable(_Table):
@@ -249,15 +401,27 @@ class Tables(_Table):
     drain: DrainTable = DrainTable()
     rollout: RolloutTable = RolloutTable()
     process: ProcessTable | None = None
+    agent: AgentTable = AgentTable()
+    health: HealthTable = HealthTable()
+    outlier: OutlierTable = OutlierTable()
+    quarantine: QuarantineTable = QuarantineTable()
+    notices: NoticesTable = NoticesTable()
+    balance: BalanceTable = BalanceTable()
+    sticky: StickyTable = StickyTable()
 
     def policy(self) -> Policy:
         """These settings as the core takes them."""
         return Policy(
-            health=HealthPolicy(self.check.rise, self.check.fall),
+            health=HealthPolicy(self.check.rise, self.check.fall, **self.health.model_dump()),
             warm_up=WarmUpPolicy(**self.warm_up.model_dump()),
             drain=DrainPolicy(**self.drain.model_dump()),
             rollout=RolloutPolicy(**self.rollout.model_dump()),
             process=ProcessPolicy(**self.process.model_dump()) if self.process else None,
+            balance=BalancePolicy(**self.balance.model_dump()),
+            sticky=StickyPolicy(**self.sticky.model_dump()),
+            outlier=OutlierPolicy(**self.outlier.model_dump()),
+            quarantine=QuarantinePolicy(**self.quarantine.model_dump()),
+            notices=NoticePolicy(**self.notices.model_dump()),
         )
 
 
@@ -266,6 +430,7 @@ class Settings(_Table):
 
     nginx: Nginx = Nginx()
     api: Api = Api()
+    readiness: Readiness = Readiness()
     store: Store = Store()
     log: Log = Log()
     defaults: Tables = Tables()
@@ -289,8 +454,10 @@ class Settings(_Table):
         return self.upstream.get(upstream, self.defaults).policy()
 
     def check_for(self, upstream: str) -> Check:
-        """How the servers of this upstream are probed."""
-        return Check(**self.upstream.get(upstream, self.defaults).check.model_dump(exclude={"rise", "fall"}))
+        """How the servers of this upstream are probed, and their agents asked."""
+        tables = self.upstream.get(upstream, self.defaults)
+        agent = Check(type="agent", **tables.agent.model_dump()) if tables.agent.port else None
+        return Check(**tables.check.model_dump(exclude={"rise", "fall"}), agent=agent)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from yarl import URL
 
 from controller.core.events import ProbeResult
 from controller.core.model import Server
-from controller.ports import Check
+from controller.ports import Check, Target
 
 BODY_LIMIT = 65536
 """Bytes of a body that are read; what comes after them is not looked at."""
@@ -60,10 +60,10 @@ class HttpProber:
         self._ending: set[asyncio.Task[None]] = set()
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
-    def set_targets(self, targets: Mapping[tuple[str, str], tuple[Server, Check]]) -> None:
+    def set_targets(self, targets: Mapping[tuple[str, str], Target]) -> None:
         """Probe exactly these, by (upstream, server key). Unchanged ones keep their rhythm; new ones start at once."""
         before = self._targets
-        self._targets = {key: _Target.of(*target) for key, target in targets.items()}
+        self._targets = {key: _Target.of(target.server, target.check) for key, target in targets.items()}
         for key in before.keys() - self._targets.keys():
             self._stop(key)
         for key, target in self._targets.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controller.core.model import Admin, Change, ChangeKind, Master, Peer, StepName, Upstream
+from controller.core.model import Admin, Change, ChangeKind, Master, Peer, StepName, Traffic, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,15 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentSaid:
+    """A server's agent answered with these words (HAProxy's agent check): `75% maxconn:30 up`."""
+
+    upstream: str
+    server: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlaneSeen:
     """nginx answered on its control socket (a status, or the acknowledgement of a table)."""
 
@@ -77,6 +86,44 @@ class PeerSeen:
     warm_epoch: int | None = None
     warm_elapsed: float = 0.0
     warm_started: bool = False
+    requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficSeen:
+    """The counters of an upstream's servers by key, read from the nginx that `boot` names."""
+
+    upstream: str
+    boot: str
+    servers: Mapping[str, Traffic]
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineNoticed:
+    """A server says, or somebody says for it, that it goes offline: it gets no traffic for `seconds` (None: as is
+    configured). A notice whose `id` was seen before changes nothing."""
+
+    upstream: str
+    server: str
+    id: str = ""
+    seconds: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineNoticed:
+    """A server says that it is there again: its quarantines end, and it is probed at once."""
+
+    upstream: str
+    server: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpWished:
+    """An operator wants a server to warm up anew."""
+
+    upstream: str
+    server: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +177,14 @@ Event = (
     | ConfigRead
     | ConfigFailed
     | ProbeResult
+    | AgentSaid
     | PlaneSeen
     | PlaneLost
     | PeerSeen
+    | TrafficSeen
+    | OfflineNoticed
+    | OnlineNoticed
+    | WarmUpWished
     | AdminWished
     | ChangeWished
     | StepDone

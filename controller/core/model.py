@@ -44,8 +44,10 @@ class Warmth(enum.StrEnum):
     """Where a peer stands in its slow start."""
 
     NONE = "none"
+    QUEUED = "queued"  # healthy, but not in traffic yet: enough of its upstream is cold already
     WAITING = "waiting"  # for the first request
     RUNNING = "running"
+    HELD = "held"  # it errs, or is slower than its warm peers
     DONE = "done"
 
 
@@ -55,8 +57,10 @@ class Routing(enum.StrEnum):
     UP = "up"
     DOWN = "down"
     DRAIN = "drain"
+    SESSIONS = "sessions"  # drains, and keeps the requests that a sticky cookie binds to it
     MAINT = "maint"
     QUARANTINE = "quarantine"
+    WAITING = "waiting"  # healthy, and waits for its turn to warm up
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +95,123 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
-    """How many results in a row change a verdict."""
+    """What changes a verdict: `rise` passes and `fall` failures in a row, or with `detector` `accrual` a suspicion phi.
+
+    Below the share `panic` of servers that are up, health is ignored (0: only when none is). A server whose health
+    changed more than `flaps` times (0: never) within `flap_window` seconds rests for `flap_hold`, longer each time,
+    at most `flap_cap`.
+    """
 
     rise: int = 2
     fall: int = 3
+    detector: str = "count"
+    phi: float = 8.0
+    panic: float = 0.0
+    flaps: int = 5
+    flap_window: float = 60.0
+    flap_hold: float = 30.0
+    flap_cap: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierPolicy:
+    """Passive checks. `errors`, `timeouts` and `server_errors` in a row eject at once, in nginx (0: they do not).
+
+    Every `interval` seconds servers with `requests` answers or more are compared, where at least `hosts` have that
+    many: ejected is whose success rate lies more than `success_rate` standard deviations below the mean, or whose mean
+    response time is more than `latency` times the median (0: neither). The n-th ejection lasts n times `base` seconds,
+    at most `cap`; at most `max_ejected` of the servers, but always one, are away at a time.
+    """
+
+    errors: int = 5
+    timeouts: int = 5
+    server_errors: int = 5
+    interval: float = 10.0
+    base: float = 30.0
+    cap: float = 300.0
+    max_ejected: float = 0.1
+    hosts: int = 5
+    requests: int = 100
+    success_rate: float = 1.9
+    latency: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinePolicy:
+    """How many seconds an offline notice keeps a server away, and whether `marks` in responses are believed."""
+
+    duration: float = 120.0
+    marks: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BalancePolicy:
+    """The balancing method where it is not nginx.conf's (`method` empty: it is).
+
+    `key`, `consistent` and `bound` belong to hash: no server takes more than `bound` times its fair share of the
+    requests in flight (0: no limit). `two` belongs to random.
+    """
+
+    method: str = ""
+    key: str = ""
+    consistent: bool = True
+    bound: float = 0.0
+    two: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StickyPolicy:
+    """Sessions bound to a server by a cookie; an empty name: none.
+
+    A draining server keeps its sessions for at most `drain` seconds, or until none of them asked for `idle` seconds.
+    """
+
+    cookie: str = ""
+    path: str = "/"
+    secure: bool = True
+    http_only: bool = True
+    same_site: str = "Lax"
+    max_age: int = 0
+    drain: float = 30.0
+    idle: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class NoticePolicy:
+    """Whom to tell that a server goes offline: `consumers` are URLs, each tried `tries` times, all in `deadline` s."""
+
+    enabled: bool = False
+    consumers: tuple[str, ...] = ()
+    tries: int = 3
+    timeout: float = 1.0
+    deadline: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUpPolicy:
     """weight(t) = weight * max(floor, (t / duration) ** curve), full from `duration` on (Envoy, Sermant, HAProxy).
 
-    `starts` is `first-request` or `healthy`. A duration of 0 means no warm-up.
+    With `steps` n it goes up in n stairs. `starts` is `first-request` or `healthy`; a request for one of
+    `ignore_paths` is no first request. A duration of 0 means no warm-up. At most the share `max_cold` of an upstream's
+    weight warms up at once, others wait; one server always may.
+
+    The ramp holds while its server's error rate or mean response time is more than `hold_errors` or `hold_latency`
+    times that of its warm peers (0: never), by at least `hold_requests` answers in `hold_window` seconds. After
+    `step_back` seconds of that it goes back a tenth of the duration, and again.
     """
 
     duration: float = 120.0
     curve: float = 1.0
     floor: float = 0.1
+    steps: int = 0
     starts: str = "first-request"
+    ignore_paths: tuple[str, ...] = ()
+    max_cold: float = 0.5
+    hold_errors: float = 2.0
+    hold_latency: float = 3.0
+    hold_requests: int = 20
+    hold_window: float = 5.0
+    step_back: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +265,11 @@ class Policy:
     drain: DrainPolicy = DrainPolicy()
     rollout: RolloutPolicy = RolloutPolicy()
     process: ProcessPolicy | None = None
+    balance: BalancePolicy = BalancePolicy()
+    sticky: StickyPolicy = StickyPolicy()
+    outlier: OutlierPolicy = OutlierPolicy()
+    quarantine: QuarantinePolicy = QuarantinePolicy()
+    notices: NoticePolicy = NoticePolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,28 +291,72 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """A peer's slow start: `elapsed` seconds had passed at `since`; `epoch` tells one warm-up from the next."""
+    """A peer's slow start: `elapsed` seconds had passed at `since`; `epoch` tells one warm-up from the next.
+
+    While it is held, `since` is when the hold or its last step back began, and `why` says what is wrong.
+    """
 
     phase: Warmth = Warmth.NONE
     elapsed: float = 0.0
     since: float = 0.0
     epoch: int = 0
     cause: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """No traffic until `until`, because of `why`."""
+    """No traffic until `until`, because of `why`. `kind` is notice, mark, flapping or outlier."""
 
     until: float
     why: str
+    kind: str = "notice"
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What a backend reports of itself, in the words of HAProxy's agent check. Only the agent reverts it.
+
+    `weight` is a factor; `admin` is ready, drain or maint; `down` says why, or is empty; `max_conns` 0 means nginx's.
+    """
+
+    weight: float = 1.0
+    admin: Admin = Admin.READY
+    down: str = ""
+    max_conns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ejection:
+    """nginx itself keeps a server away: `reason` is errors, timeouts, server_errors or mark."""
+
+    until: float
+    reason: str
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A server's counters since nginx started: tries begun, answers, 5xx answers, tries without an answer, those of
+    them that timed out, and the sum of the response times in seconds."""
+
+    requests: int = 0
+    answered: int = 0
+    errors: int = 0
+    failures: int = 0
+    timeouts: int = 0
+    seconds: float = 0.0
+    ejected: Ejection | None = None
+    refused_marks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
     """The living side of a server. `incumbent`: nginx was sending to it before Headgate knew it, so unknown serves.
 
-    `passes` and `fails` count results in a row; each result resets the other.
+    `passes` and `fails` count results in a row; each result resets the other. `changed` has the times of its last
+    changes of health, `rests` counts how often it flapped, `ejections` how often it was an outlier. `sessions`: it
+    drains and still keeps its sticky sessions. A greater `forgiven` makes nginx forget its ejections.
     """
 
     admin: Admin = Admin.READY
@@ -214,6 +367,13 @@ class Peer:
     incumbent: bool = False
     warm_up: WarmUp = WarmUp()
     quarantine: tuple[Quarantine, ...] = ()
+    agent: Agent = Agent()
+    ejected: Ejection | None = None
+    changed: tuple[float, ...] = ()
+    rests: int = 0
+    ejections: int = 0
+    sessions: bool = False
+    forgiven: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +402,8 @@ class StepName(enum.StrEnum):
 
     FIND = "find"
     DRAIN = "drain"
+    NOTIFY = "notify"
+    SESSIONS = "sessions"
     EMPTY = "empty"
     SETTLE = "settle"
     TERMINATE = "terminate"
@@ -303,12 +465,27 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Readings:
+    """The counters of an upstream's servers, by key, as they were `at` a time in the nginx that `boot` names."""
+
+    at: float
+    boot: str
+    servers: Mapping[str, Traffic]
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """An upstream and its peers by key. `fail_open`: no server is up, so those that are merely down serve."""
+    """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
+
+    `compared` are the readings since which outliers are looked for, `weighed` those since which warming servers are
+    judged. What stands here and not in a peer is not stored: it begins anew with the daemon.
+    """
 
     upstream: Upstream
     peers: Mapping[str, Peer]
     fail_open: bool = False
+    compared: Readings | None = None
+    weighed: Readings | None = None
 
 
 @dataclass(frozen=True, slots=True)

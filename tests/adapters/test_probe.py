@@ -18,7 +18,7 @@ from aiohttp import web
 from controller.adapters.probe import GRID, HttpProber
 from controller.core.events import ProbeResult
 from controller.core.model import Server
-from controller.ports import Check
+from controller.ports import Check, Target
 
 FAST = Check(interval=0.1, timeout=5)
 PATIENT = Check(interval=60, timeout=5)
@@ -52,7 +52,7 @@ class Probing:
     async def once(self, server: Server, check: Check) -> ProbeResult:
         """The first result for this server and check."""
         self.results.clear()
-        self.prober.set_targets({KEY: (server, check)})
+        self.prober.set_targets({KEY: Target(server, check)})
         return (await self.until(1))[0]
 
 
@@ -327,7 +327,7 @@ async def test_an_https_check_verifies_name_and_authority(probing: Probing, site
 
 
 async def test_probes_follow_each_other_at_the_interval(probing: Probing, site: Web) -> None:
-    probing.prober.set_targets({KEY: (await site.tcp(), replace(FAST, interval=0.4, jitter=0.0))})
+    probing.prober.set_targets({KEY: Target(await site.tcp(), replace(FAST, interval=0.4, jitter=0.0))})
     assert all(result.ok for result in await probing.until(4))
     second, third, fourth = probing.began[1:4]  # the second one comes early
     assert min(third - second, fourth - third) >= 0.4 - GRID[0]
@@ -336,13 +336,13 @@ async def test_probes_follow_each_other_at_the_interval(probing: Probing, site: 
 async def test_a_server_that_changes_in_weight_only_keeps_its_rhythm(probing: Probing, site: Web) -> None:
     server = await site.tcp()
     await probing.once(server, PATIENT)
-    probing.prober.set_targets({KEY: (replace(server, weight=9, down=True), PATIENT)})
+    probing.prober.set_targets({KEY: Target(replace(server, weight=9, down=True), PATIENT)})
     probing.prober.set_targets(
-        {KEY: (server, PATIENT), ("app", "two"): (server, PATIENT)},
+        {KEY: Target(server, PATIENT), ("app", "two"): Target(server, PATIENT)},
     )
     await probing.until(2)
     assert [result.server for result in probing.results] == ["one", "two"]
-    probing.prober.set_targets({KEY: (server, replace(PATIENT, path="/ill"))})
+    probing.prober.set_targets({KEY: Target(server, replace(PATIENT, path="/ill"))})
     assert (await probing.until(3))[2].reason == "status"
 
 
@@ -355,7 +355,7 @@ async def test_a_probe_under_way_that_is_dropped_says_nothing(
         await reader.readuntil(b"\r\n\r\n")
         asked.put_nowait(writer)
 
-    probing.prober.set_targets({KEY: (await raw(hold), PATIENT)})
+    probing.prober.set_targets({KEY: Target(await raw(hold), PATIENT)})
     first = await asked.get()
     probing.prober.probe_now(*KEY)
     second = await asked.get()
@@ -388,7 +388,7 @@ async def test_want_of_file_descriptors_is_not_the_servers_fault(
     os.close(next_free)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (next_free, limits[1]))
-        probing.prober.set_targets({KEY: (server, FAST)})
+        probing.prober.set_targets({KEY: Target(server, FAST)})
         async with asyncio.timeout(5):
             assert await logged.get() == "too many open files"
     finally:

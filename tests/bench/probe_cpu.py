@@ -24,7 +24,7 @@ import psutil
 from controller.adapters.probe import HttpProber
 from controller.core.events import ProbeResult
 from controller.core.model import Server
-from controller.ports import Check
+from controller.ports import Check, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ async def _probe(ports: list[int], seconds: float, kind: str) -> ProbeCost:
     check = Check(type=kind, interval=1.0, timeout=1.0)
     addresses = {f"127.0.0.1:{port}": port for port in ports}
     prober.set_targets(
-        {("bench", key): (Server(key, key, "127.0.0.1", port), check) for key, port in addresses.items()}
+        {("bench", key): Target(Server(key, key, "127.0.0.1", port), check) for key, port in addresses.items()}
     )
     await asyncio.sleep(2)
     results.clear()

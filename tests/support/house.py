@@ -33,6 +33,7 @@ from controller.ports import (
     PlaneStatus,
     PlaneUnreachable,
     ProcessError,
+    Target,
 )
 from controller.runtime import Runtime
 
@@ -137,7 +138,7 @@ class HeldProber:
         self._known: set[tuple[str, str]] = set()
         self.down: set[str] = set()
 
-    def set_targets(self, targets: Mapping[tuple[str, str], tuple[Server, Check]]) -> None:
+    def set_targets(self, targets: Mapping[tuple[str, str], Target]) -> None:
         for target in targets.keys() - self._known:
             self.probe_now(*target)
         self._known = set(targets)
