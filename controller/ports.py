@@ -41,8 +41,21 @@ class PlaneStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerEjected:
+    """nginx keeps a server away by itself, for so many seconds more."""
+
+    reason: str
+    remaining: float
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
 class PeerCounters:
-    """A server's counters over all workers; `requests` and `failures` count tries since nginx started."""
+    """A server's counters over all workers.
+
+    `requests`, `answered`, `errors` (5xx answers), `failures` (no answer) and, of those, `timeouts` count tries since
+    nginx started; `seconds` is the sum of the response times of those that were answered.
+    """
 
     in_flight: int
     requests: int
@@ -50,6 +63,12 @@ class PeerCounters:
     warm_epoch: int | None = None
     warm_elapsed: float = 0.0
     warm_started: bool = False
+    answered: int = 0
+    errors: int = 0
+    timeouts: int = 0
+    seconds: float = 0.0
+    ejected: PeerEjected | None = None
+    refused_marks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

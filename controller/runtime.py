@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from controller.core import change, table, warmup
+from controller.core import change, peers
 from controller.core.events import (
     AdminWished,
     ChangeWished,
@@ -21,19 +21,20 @@ from controller.core.events import (
     Effect,
     Event,
     Note,
+    OfflineNoticed,
+    OnlineNoticed,
     Outcome,
-    PeerSeen,
-    PlaneLost,
-    PlaneSeen,
     ProbeNow,
     Restored,
     RunStep,
     StepFailed,
     Ticked,
+    WarmUpWished,
 )
-from controller.core.model import Admin, Health, Peer, Refused, State, StepName, StepState
+from controller.core.model import Admin, Health, Peer, Refused, State
 from controller.core.step import step
 from controller.errors import HeadgateError
+from controller.follow import Follower
 from controller.ports import (
     Check,
     Clock,
@@ -45,7 +46,6 @@ from controller.ports import (
     EventRecord,
     NginxConfig,
     Pace,
-    PlaneRefused,
     PlaneUnreachable,
     Prober,
     ProcessControl,
@@ -57,11 +57,10 @@ from controller.stages import carry_out
 
 log = structlog.get_logger("headgate")
 
+Wish = AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWished
+
 IDLE = 1.0  # seconds between two ticks while nothing is going on
-LOOK = 2.0  # seconds between two looks at nginx while nothing is going on
 BUSY = 0.1  # seconds between two ticks while a change runs
-DRAINING = 0.02  # seconds between two readings of the counters while a server empties
-RETRY = (0.05, 2.0)  # seconds to wait after a failure: first, and at most
 NOTES = 10_000  # events that are kept for recording while the store cannot be written
 STALLED = 5.0  # seconds without a turn of the task after which it counts as stuck
 
@@ -104,7 +103,6 @@ class Runtime:
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self.state = State()
-        self.counters = Counters(boot="", revision=0)
         self.config: NginxConfig | None = None
         self.version = 0
         self.clock = clock
@@ -112,6 +110,7 @@ class Runtime:
         self.data_plane = data_plane
         self.store_error = ""
         self._plane = plane
+        self._follower = Follower(self, plane)
         self._processes = processes
         self._prober = prober(self.post)
         self._source = source
@@ -153,9 +152,9 @@ class Runtime:
             now,
         )
         self._stored = self.state
-        await self._look_at_nginx()
+        await self._follower.look()
         await self.reread()
-        for loop in (self._decide(), self._publish(), self._watch_nginx(), self._watch_names()):
+        for loop in (self._decide(), self._follower.publish(), self._follower.watch(), self._watch_names()):
             self._spawn(loop)
         self._arm(0.0)
 
@@ -185,11 +184,11 @@ class Runtime:
         """Tell what happened; nobody waits for it."""
         self._queue.put_nowait(_Asked(event))
 
-    async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
+    async def wish(self, event: Wish) -> Outcome:
         """Wish something, and return when it is decided and stored; Refused, StoreError (and then nothing changed)."""
-        return await self._tell(event)
+        return await self.tell(event)
 
-    async def _tell(self, event: Event) -> Outcome:
+    async def tell(self, event: Event) -> Outcome:
         """Tell what happened, and return when the state follows it."""
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Asked(event, answer))
@@ -200,9 +199,9 @@ class Runtime:
         try:
             config = await self._source.read()
         except ConfigError as error:
-            await self._tell(ConfigFailed(str(error)))
+            await self.tell(ConfigFailed(str(error)))
             raise
-        await self._tell(self._understood(config))
+        await self.tell(self._understood(config))
         return config
 
     async def published(self, seconds: float) -> None:
@@ -217,6 +216,16 @@ class Runtime:
                     "it follows by itself as soon as nginx answers on its control socket",
                 )
             await self.changed(self.version, left)
+
+    @property
+    def counters(self) -> Counters:
+        """nginx's counters as they were last read."""
+        return self._follower.counters
+
+    async def emptied(self, upstream: str, keys: tuple[str, ...], revision: int, seconds: float) -> dict[str, int]:
+        """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after
+        `seconds`; PlaneUnreachable, PlaneRefused."""
+        return await self._follower.emptied(upstream, keys, revision, seconds)
 
     async def changed(self, after: int, seconds: float) -> int:
         """The version, as soon as it differs from `after`, or after `seconds`."""
@@ -260,7 +269,7 @@ class Runtime:
             batch = [await self._queue.get()]
             while not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            wishes = [asked for asked in batch if isinstance(asked.event, AdminWished | ChangeWished)]
+            wishes = [asked for asked in batch if isinstance(asked.event, Wish)]
             before = self.state
             for asked in batch:
                 if asked not in wishes:
@@ -390,6 +399,8 @@ class Runtime:
         """Set the next tick: soon while a change runs."""
         wait = BUSY if change.running(self.state) else IDLE
         wait = wait if at_most is None else min(wait, at_most)
+        if (due := peers.next_expiry(self.state)) is not None:
+            wait = min(wait, max(0.0, due - self.clock.now()))
         loop = asyncio.get_running_loop()
         if self._ticker and not self._ticker.cancelled() and loop.time() < self._tick_at <= loop.time() + wait:
             return
@@ -411,86 +422,6 @@ class Runtime:
             log.exception("a step failed unexpectedly", change=job.change, step=job.name, server=job.server)
             report = StepFailed(job.change, job.step, f"unexpected: {error!r}")
         self.post(report)
-
-    async def _publish(self) -> None:
-        """Bring nginx to the newest table, whatever happened to the ones between."""
-        wait = RETRY[0]
-        while True:
-            version, plane = self.version, self.state.plane
-            if plane.error or plane.revision >= self.state.revision or not self.state.configured:
-                await self.changed(version, 60.0)
-                continue
-            try:
-                status = await self._plane.publish(table.table(self.state, self.clock.now()))
-                await self._tell(PlaneSeen(status.boot, status.revision))
-                wait = RETRY[0]
-            except PlaneUnreachable as error:
-                await self._tell(PlaneLost(str(error)))
-            except PlaneRefused as error:
-                log.error("nginx refused the table", error=str(error))
-                await self._tell(PlaneSeen(plane.boot, error.revision) if error.revision else PlaneLost(str(error)))
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, RETRY[1])
-
-    async def _watch_nginx(self) -> None:
-        """Read the counters: now and then, and often while a server empties."""
-        while True:
-            version = self.version
-            emptying = self._emptying()
-            await self._look_at_nginx(emptying)
-            if emptying:
-                await asyncio.sleep(DRAINING)
-            else:
-                await self._until_emptying(version)
-
-    async def _until_emptying(self, version: int) -> None:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + (LOOK if self._quiet() else IDLE)
-        while (left := end - loop.time()) > 0 and not self._emptying():
-            version = await self.changed(version, left)
-
-    async def _look_at_nginx(self, upstreams: tuple[str, ...] = ()) -> None:
-        try:
-            if len(upstreams) == 1:
-                counters = await self._plane.counters(upstreams[0])
-                self.counters = Counters(
-                    counters.boot,
-                    counters.revision,
-                    {**self.counters.upstreams, **counters.upstreams},
-                    {**self.counters.native, **counters.native},
-                )
-            else:
-                counters = self.counters = await self._plane.counters()
-        except (PlaneUnreachable, PlaneRefused) as error:
-            self.post(PlaneLost(str(error)))
-            return
-        plane = self.state.plane
-        if plane.error or (plane.boot, plane.revision) != (counters.boot, counters.revision):
-            self.post(PlaneSeen(counters.boot, counters.revision))
-        for name, group in self.state.groups.items():
-            for key, seen in counters.upstreams.get(name, {}).items():
-                peer = group.peers.get(key)
-                if peer and (peer.admin is Admin.DRAIN or warmup.active(peer.warm_up)):
-                    in_flight = seen.in_flight + counters.native.get(name, 0)
-                    warm = (seen.warm_epoch, seen.warm_elapsed, seen.warm_started)
-                    self.post(PeerSeen(name, key, counters.revision, in_flight, *warm))
-
-    def _quiet(self) -> bool:
-        """Whether nothing goes on that nginx counts for us: no change, no warm-up."""
-        return not change.running(self.state) and not any(
-            warmup.active(peer.warm_up) for group in self.state.groups.values() for peer in group.peers.values()
-        )
-
-    def _emptying(self) -> tuple[str, ...]:
-        """The upstreams in which a change waits for requests in flight."""
-        return tuple(
-            {
-                each.upstream: None
-                for each in change.running(self.state)
-                for s in each.steps
-                if s.name is StepName.EMPTY and s.state is StepState.RUNNING
-            }
-        )
 
     async def _watch_names(self) -> None:
         """Follow the addresses of host names in `server` lines."""

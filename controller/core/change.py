@@ -28,6 +28,7 @@ from controller.core.model import (
     ChangeStatus,
     Group,
     Health,
+    Policy,
     Refused,
     State,
     Step,
@@ -39,6 +40,8 @@ from controller.core.model import (
 OFFLINE = (
     StepName.FIND,
     StepName.DRAIN,
+    StepName.NOTIFY,
+    StepName.SESSIONS,
     StepName.EMPTY,
     StepName.SETTLE,
     StepName.TERMINATE,
@@ -49,7 +52,7 @@ ONLINE = (StepName.START, StepName.UP, StepName.WARM, StepName.HOLD)
 
 #: The steps of each kind of change, for each of its servers, in order.
 STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
-    ChangeKind.DRAIN: (StepName.DRAIN, StepName.EMPTY),
+    ChangeKind.DRAIN: (StepName.DRAIN, StepName.SESSIONS, StepName.EMPTY),
     ChangeKind.STOP: OFFLINE,
     ChangeKind.START: ONLINE,
     ChangeKind.RESTART: OFFLINE + ONLINE,
@@ -57,10 +60,14 @@ STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
 }
 
 #: Steps that an adapter carries out; the others are judged here, from what is seen.
-BY_ADAPTER = frozenset({StepName.FIND, StepName.TERMINATE, StepName.EXIT, StepName.KILL, StepName.START})
+BY_ADAPTER = frozenset(
+    {StepName.FIND, StepName.NOTIFY, StepName.TERMINATE, StepName.EXIT, StepName.KILL, StepName.START}
+)
 
 #: Steps before which a server has not been told to stop: when one of them fails, it gets back what it had.
-_REVERSIBLE = frozenset({StepName.DRAIN, StepName.EMPTY, StepName.SETTLE, StepName.TERMINATE})
+_REVERSIBLE = frozenset(
+    {StepName.DRAIN, StepName.NOTIFY, StepName.SESSIONS, StepName.EMPTY, StepName.SETTLE, StepName.TERMINATE}
+)
 _ENDED = frozenset({StepState.DONE, StepState.FAILED, StepState.SKIPPED})
 _KEPT = 50  # ended changes that stay in memory; the store has them all
 
@@ -88,7 +95,8 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     if StepName.DRAIN in STEPS[wish.kind] and not wish.forced:
         for at in range(0, len(keys), size):
             refuse_emptying(group, keys[at : at + size])
-    steps = tuple(Step(name, key, at // size) for at, key in enumerate(keys) for name in STEPS[wish.kind])
+    names = _steps_of(wish.kind, group.upstream.policy)
+    steps = tuple(Step(name, key, at // size) for at, key in enumerate(keys) for name in names)
     change = Change(state.next_change, wish.kind, wish.upstream, steps, now, wish.forced)
     state = _put(replace(state, next_change=change.id + 1), change)
     effects.append(
@@ -96,6 +104,16 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     )
     state, more = progress(state, now)
     return state, Outcome((*effects, *more), change.id)
+
+
+def _steps_of(kind: ChangeKind, policy: Policy) -> tuple[StepName, ...]:
+    """The steps of this kind of change, without those that are switched off."""
+    off = set()
+    if not policy.notices.enabled:
+        off.add(StepName.NOTIFY)
+    if not policy.sticky.cookie:
+        off.add(StepName.SESSIONS)
+    return tuple(name for name in STEPS[kind] if name not in off)
 
 
 def group_of(state: State, upstream: str) -> Group:
@@ -278,10 +296,11 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
             except Refused as refused:
                 return _fail(state, change, at, f"{refused.message} ({refused.remedy})", now), []
         step = replace(step, admin=group.peers[step.server].admin)
-        state = peers.set_admin(state, change.upstream, step.server, Admin.DRAIN, now)
+        state = peers.drain(state, change.upstream, step.server, now)
         step = replace(step, revision=state.revision)
     elif step.name is StepName.EMPTY:
-        step = replace(step, revision=_of(change, step.server, StepName.DRAIN).revision)
+        # The table of the drain, or the later one that let go of the sessions too.
+        step = replace(step, revision=max(s.revision for s in change.steps if s.server == step.server))
     state = _put(state, replace(change, steps=_with(change.steps, at, step)))
     effects: list[Effect] = [_note(change, "step", f"change {change.id}: {step.server}: {step.name}", step.server)]
     if step.name in BY_ADAPTER:
@@ -304,6 +323,22 @@ def _judge_drain(state: State, change: Change, at: int, now: float, _: PeerSeen 
     if policy.on_timeout == "proceed":
         return _settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)
     return _fail(state, change, at, why, now)
+
+
+def _judge_sessions(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
+    step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.sticky
+    late = now - (_of(change, step.server, StepName.DRAIN).started or now) >= policy.drain
+    if seen and seen.requests != step.requests:
+        step = replace(step, requests=seen.requests, quiet=now)
+        state = _put(state, replace(change, steps=_with(change.steps, at, step)))
+    idle = step.quiet is not None and now - step.quiet >= policy.idle
+    if not late and not idle:
+        return state
+    why = f"no session asked for {policy.idle:g} s" if idle else f"sessions move after {policy.drain:g} s"
+    state = peers.end_sessions(state, change.upstream, step.server)
+    change = state.changes[change.id]
+    steps = _with(change.steps, at, replace(step, revision=state.revision))
+    return _settle(state, replace(change, steps=steps), at, StepState.DONE, why, now)
 
 
 def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
@@ -364,6 +399,7 @@ def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen |
 
 _JUDGES: dict[StepName, Callable[[State, Change, int, float, PeerSeen | None], State]] = {
     StepName.DRAIN: _judge_drain,
+    StepName.SESSIONS: _judge_sessions,
     StepName.EMPTY: _judge_empty,
     StepName.SETTLE: _judge_settle,
     StepName.UP: _judge_up,

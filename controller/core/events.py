@@ -229,7 +229,11 @@ Effect = Note | RunStep | ProbeNow
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step of the core gives back beside the state: effects, and the id of a change that was begun."""
+    """What a step of the core gives back beside the state: effects, and the id of a change that was begun.
+
+    `replayed`: the notice was heard before, and nothing has changed.
+    """
 
     effects: tuple[Effect, ...] = field(default_factory=tuple)
     change: int | None = None
+    replayed: bool = False

@@ -374,6 +374,7 @@ class Peer:
     ejections: int = 0
     sessions: bool = False
     forgiven: int = 0
+    heard: tuple[str, ...] = ()  # the ids of the last notices
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,6 +448,8 @@ class Step:
     master: Master | None = None  # what `find` found
     revision: int = 0  # the table that `drain` waits for
     admin: Admin | None = None  # what `drain` found, to go back to
+    requests: int = -1  # what `sessions` last read of the server's counter
+    quiet: float | None = None  # since when that has not changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,31 @@ def set_admin(state: State, upstream: str, key: str, admin: Admin, now: float) -
             peer = health.forget(peer)
         elif peer.health is Health.UP:
             state, peer = _warm(state, group, peer, "undrained", now)
-    return table.with_peer(state, upstream, key, replace(peer, admin=admin))
+    return table.with_peer(state, upstream, key, replace(peer, admin=admin, sessions=False))
+
+
+def drain(state: State, upstream: str, key: str, now: float) -> State:
+    """Drain a server; where sessions are sticky it keeps them for now."""
+    sticky = bool(state.groups[upstream].upstream.policy.sticky.cookie)
+    state = set_admin(state, upstream, key, Admin.DRAIN, now)
+    return table.with_peer(state, upstream, key, replace(state.groups[upstream].peers[key], sessions=sticky))
+
+
+def end_sessions(state: State, upstream: str, key: str) -> State:
+    """Let the sessions of a draining server move to others."""
+    return table.with_peer(state, upstream, key, replace(state.groups[upstream].peers[key], sessions=False))
+
+
+def forgiven(peer: Peer) -> Peer:
+    """The peer without anything that keeps it away but its health and an operator's wish; nginx forgets as well."""
+    return replace(peer, quarantine=(), ejected=None, forgiven=peer.forgiven + 1)
+
+
+def warm_up(state: State, upstream: str, key: str, cause: str, now: float) -> State:
+    """Begin a warm-up anew."""
+    group = state.groups[upstream]
+    state, peer = _warm(state, group, group.peers[key], cause, now)
+    return table.with_peer(state, upstream, key, peer)
 
 
 def started(state: State, upstream: str, key: str) -> State:
@@ -79,6 +103,14 @@ def tick(state: State, now: float) -> tuple[State, list[Effect]]:
                 effects.append(Note("warm-up", f"{name}: {key} is warm", name, key))
             state = table.with_peer(state, name, key, replace(peer, warm_up=warm, quarantine=kept))
     return state, effects
+
+
+def next_expiry(state: State) -> float | None:
+    """When the next quarantine ends: each does so by itself, at its own time."""
+    return min(
+        (entry.until for group in state.groups.values() for peer in group.peers.values() for entry in peer.quarantine),
+        default=None,
+    )
 
 
 def _warm(state: State, group: Group, peer: Peer, cause: str, now: float) -> tuple[State, Peer]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, peers, table
+from controller.core import change, notice, peers, table
 from controller.core.events import (
     AdminWished,
+    AgentSaid,
     ChangeWished,
     ConfigFailed,
     ConfigRead,
     Effect,
     Event,
     Note,
+    OfflineNoticed,
+    OnlineNoticed,
     Outcome,
     PeerSeen,
     PlaneLost,
@@ -22,6 +25,8 @@ from controller.core.events import (
     StepDone,
     StepFailed,
     Ticked,
+    TrafficSeen,
+    WarmUpWished,
 )
 from controller.core.model import Admin, Change, Group, Peer, Plane, Quarantine, State, Step, Upstream, WarmUp
 
@@ -55,6 +60,12 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             return change.begin(state, event, now)
         case AdminWished():
             state, effects = _admin_wished(state, event, now)
+        case TrafficSeen() | AgentSaid() | WarmUpWished():
+            effects = []
+        case OfflineNoticed():
+            return notice.offline(state, event, now)
+        case OnlineNoticed():
+            return notice.online(state, event, now)
         case ConfigRead():
             state, effects = _config_read(state, event)
         case ConfigFailed():

@@ -19,7 +19,7 @@ def routing_of(server: Server, peer: Peer) -> Routing:
     if server.down or peer.admin is Admin.MAINT:
         return Routing.MAINT
     if peer.admin is Admin.DRAIN:
-        return Routing.DRAIN
+        return Routing.SESSIONS if peer.sessions else Routing.DRAIN
     if peer.quarantine:
         return Routing.QUARANTINE
     if peer.health is Health.UP or (peer.health is Health.UNKNOWN and peer.incumbent):

@@ -14,7 +14,7 @@ import aiohttp
 import structlog
 
 from controller.adapters.whole import put, read
-from controller.ports import Counters, PeerCounters, PlaneRefused, PlaneStatus, PlaneUnreachable
+from controller.ports import Counters, PeerCounters, PeerEjected, PlaneRefused, PlaneStatus, PlaneUnreachable
 
 DEFAULT_LUA = "/usr/share/headgate/lua"
 DEFAULT_SOCKET = "/run/headgate/nginx.sock"
@@ -158,7 +158,7 @@ def _status(answer: Mapping[str, Any]) -> PlaneStatus:
 
 
 def _peer(counted: Mapping[str, Any]) -> PeerCounters:
-    warm = counted["warm_up"]
+    warm, ejected = counted["warm_up"], counted["ejected"]
     return PeerCounters(
         in_flight=int(counted["in_flight"]),
         requests=int(counted["requests"]),
@@ -166,4 +166,10 @@ def _peer(counted: Mapping[str, Any]) -> PeerCounters:
         warm_epoch=None if warm is None else int(warm["epoch"]),
         warm_elapsed=0.0 if warm is None else warm["elapsed_ms"] / 1000,
         warm_started=warm is not None and warm["started"],
+        answered=int(counted["answered"]),
+        errors=int(counted["errors"]),
+        timeouts=int(counted["timeouts"]),
+        seconds=float(counted["seconds"]),
+        ejected=ejected and PeerEjected(ejected["reason"], ejected["remaining_ms"] / 1000, int(ejected["times"])),
+        refused_marks=int(counted["refused_marks"]),
     )

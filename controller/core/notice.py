@@ -1,0 +1,52 @@
+"""Notices: a server says that it goes offline, or that it is there again (Sermant's notification by interface)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controller.core import change, health, peers, table
+from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
+from controller.core.model import Admin, Health, Quarantine, State
+
+_HEARD = 8  # ids of notices that a peer remembers
+
+
+def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Outcome]:
+    """Quarantine the server. Refused for an unknown one, and for the last that serves: an upstream is never emptied.
+
+    A notice with an id that was heard before is acknowledged and changes nothing: it may be a late repetition that
+    reaches a server which was restarted since.
+    """
+    group = change.group_of(state, event.upstream)
+    keys = change.resolve(group, (event.server,))
+    if event.id and all(event.id in group.peers[key].heard for key in keys):
+        return state, Outcome(replayed=True)
+    change.refuse_emptying(group, keys)
+    seconds = group.upstream.policy.quarantine.duration if event.seconds is None else event.seconds
+    why = event.why or "it says that it goes offline"
+    effects: list[Effect] = []
+    for key in keys:
+        peer = state.groups[event.upstream].peers[key]
+        kept = tuple(entry for entry in peer.quarantine if entry.kind != "notice")
+        heard = (*peer.heard, event.id)[-_HEARD:] if event.id else peer.heard
+        entry = Quarantine(now + seconds, why, "notice")
+        state = table.with_peer(state, event.upstream, key, replace(peer, quarantine=(*kept, entry), heard=heard))
+        text = f"{event.upstream}: {key} is quarantined for {seconds:g} s: {why}"
+        effects.append(Note("quarantine", text, event.upstream, key))
+    return state, Outcome(tuple(effects))
+
+
+def online(state: State, event: OnlineNoticed, now: float) -> tuple[State, Outcome]:
+    """End what keeps the server away, and see that it is probed at once and warms up: it has been started anew."""
+    group = change.group_of(state, event.upstream)
+    effects: list[Effect] = []
+    for key in change.resolve(group, (event.server,)):
+        peer = peers.forgiven(group.peers[key])
+        text = f"{event.upstream}: {key} says that it is there again"
+        effects += [Note("quarantine", text, event.upstream, key), ProbeNow(event.upstream, key)]
+        if peer.admin is Admin.READY and key not in table.serving(group):
+            peer = health.forget(peer)
+        state = table.with_peer(state, event.upstream, key, peer)
+        if peer.admin is Admin.READY and peer.health is Health.UP:
+            state = peers.warm_up(state, event.upstream, key, "restarted", now)
+    return state, Outcome(tuple(effects))
