@@ -64,6 +64,7 @@ class World:
     state: State = field(default_factory=State)
     now: float = 1000.0
     in_flight: dict[str, int] = field(default_factory=dict)
+    requests: dict[str, int] = field(default_factory=dict)
     nginx: bool = True
     jobs: list[RunStep] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -91,7 +92,8 @@ class World:
             for name, group in self.state.groups.items():
                 for key, peer in group.peers.items():
                     if peer.admin is Admin.DRAIN:
-                        self.take(PeerSeen(name, key, self.state.plane.revision, self.in_flight.get(key, 0)))
+                        in_flight, requests = self.in_flight.get(key, 0), self.requests.get(key, 0)
+                        self.take(PeerSeen(name, key, self.state.plane.revision, in_flight, requests=requests))
             if self.state is before:
                 break
         return self
