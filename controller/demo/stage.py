@@ -81,12 +81,17 @@ http {{
             proxy_set_header Connection "";
             proxy_set_header Host $host;
             proxy_buffering off;
-            # A retry would hide what Headgate must not need to have hidden.
-            proxy_next_upstream off;
+            {failover}
         }}
     }}
 }}
 """
+
+
+# A retry would hide what Headgate must not need to have hidden.
+NO_FAILOVER = "proxy_next_upstream off;"
+# For servers that die or hang: what nginx does by default, with little patience.
+FAILOVER = "proxy_next_upstream error timeout; proxy_connect_timeout 1s; proxy_read_timeout 2s;"
 
 
 class StageError(HeadgateError):
@@ -200,13 +205,23 @@ class Stage:
     """A context: on entry everything runs and the daemon has seen every server up; on exit nothing is left.
 
     `worker` is a key of WORKERS, `warm_up` its seconds. `servers` gunicorn masters stand behind one nginx at `url`; on
-    the `data_plane` reload it is a plain nginx, without the Lua module.
+    the `data_plane` reload it is a plain nginx, without the Lua module. `settings` goes to the end of headgate.toml;
+    with `failover` nginx tries another server when one fails.
     """
 
     def __init__(
-        self, worker: str = "uvicorn", *, servers: int = 3, warm_up: float = 6.0, data_plane: str = "lua"
+        self,
+        worker: str = "uvicorn",
+        *,
+        servers: int = 3,
+        warm_up: float = 6.0,
+        data_plane: str = "lua",
+        settings: str = "",
+        failover: bool = False,
     ) -> None:
         self.worker = worker
+        self._more_settings = settings
+        self._failover = FAILOVER if failover else NO_FAILOVER
         self.data_plane = data_plane
         self.warm_up = WarmUpPolicy(duration=warm_up, curve=1.0, floor=0.1, starts="healthy")
         self._count = servers
@@ -367,6 +382,7 @@ class Stage:
             upstream=UPSTREAM,
             servers="\n        ".join(f"server {address};" for address in self.addresses),
             address=self.url.removeprefix("http://"),
+            failover=self._failover,
         )
         (self.prefix / "nginx.conf").write_text(conf)
         (self.prefix / "headgate.conf").write_bytes(self._include())
@@ -427,6 +443,8 @@ directory = {text(str(self.prefix))}
 log = {text(str(self.prefix / "app-{port}.log"))}
 graceful_timeout = "{GRACEFUL_TIMEOUT}s"
 environment = {{ APP_SERVER = "{{address}}" }}
+
+{self._more_settings}
 """
 
     def _start_command(self, address: str, port: str) -> list[str]:

@@ -6,6 +6,7 @@ Speed is quoted as a ratio within the run wherever a comparison exists; docs/fig
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.bench import (
     config_speed,
     drains,
     edit_speed,
+    faults,
     idle,
     plane_cpu,
     probe_cpu,
@@ -75,6 +77,27 @@ def ramps() -> Iterator[Row]:
         found = warming.measure(curve=curve)
         measured = f"{found.off:.2%} off ({found.share:.2%} for {found.formula:.2%})"
         yield Row(f"warm-up share against the formula, curve {curve:g}", measured, "<= 2 %", found.off <= 0.02)
+    slow = warming.measure(rate=50, duration=40)
+    measured = f"{slow.off:.2%} off ({slow.share:.2%} for {slow.formula:.2%})"
+    yield Row("warm-up share at 50 requests/s", measured, "<= 2 %", slow.off <= 0.02)
+    peer = warming.haproxy_slow_start()
+    measured = f"{peer.off:.2%} off ({peer.share:.2%} for {peer.formula:.2%})"
+    yield Row("HAProxy's slowstart against its own formula", measured, "", None)
+
+
+def failing() -> Iterator[Row]:
+    """Servers that are killed, hang, or flap, beside HAProxy."""
+    for word, number in (("killed with -9", signal.SIGKILL), ("that hangs", signal.SIGSTOP)):
+        for cost in faults.strike(number):
+            ours = cost.balancer == "headgate"
+            most = cost.inside if number is signal.SIGSTOP else 0
+            what = f"failed GETs, one of 3 servers {word}: {'Headgate' if ours else 'HAProxy'}"
+            measured = f"{cost.failed} of {cost.requests:,}, slowest {cost.slowest:.2f} s"
+            yield Row(what, measured, f"<= {most}" if ours else "", cost.failed <= most if ours else None)
+    found = faults.flap()
+    what = f"changes of state of a server that flaps {found.swings} times"
+    yield Row(f"{what}: Headgate", str(found.headgate), f"< {2 * found.swings}", found.headgate < 2 * found.swings)
+    yield Row(f"{what}: HAProxy", str(found.haproxy), "", None)
 
 
 def resting() -> Iterator[Row]:
@@ -116,6 +139,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "cpu": processor_time,
     "drains": draining,
     "ramps": ramps,
+    "faults": failing,
     "resting": resting,
     "files": files,
     "reloads": reloads,
