@@ -13,8 +13,10 @@ local base = require("resty.core.base")
 require("resty.core.misc")
 require("resty.core.response")
 require("ngx.balancer")
+local ejection = require("headgate.ejection")
 local native = require("headgate.native")
 local key_template = require("headgate.key")
+local outcome = require("headgate.outcome")
 local round_robin = require("headgate.methods.round_robin")
 local stats = require("headgate.stats")
 local store = require("headgate.store")
@@ -28,10 +30,15 @@ local C = ffi.C
 local intptr = ffi.typeof("intptr_t")
 local get_request = base.get_request
 local FFI_OK = base.FFI_OK
-local BEGUN, ENDED, FAILED = stats.BEGUN, stats.ENDED, stats.FAILED
+local monotonic = system.monotonic
+local BEGUN, ENDED, FAILED, TIMEOUTS = stats.BEGUN, stats.ENDED, stats.FAILED, stats.TIMEOUTS
+local ERRORS, ANSWERED_COUNT, SECONDS = stats.ERRORS, stats.ANSWERED, stats.SECONDS
+local REFUSED_MARKS, epoch = stats.REFUSED_MARKS, stats.epoch
+local NONE, TIMED_OUT, SERVER_ERROR, ANSWERED = outcome.NONE, outcome.TIMED_OUT, outcome.SERVER_ERROR, outcome.ANSWERED
 -- ngx_http_upstream_next() takes it for "no live upstreams": 502, no server touched, no error of Lua.
 local NO_LIVE_SERVER = -3
-local PEER_FAILED = 4
+-- Seconds. What takes longer may be a long body or a slow client: then nginx's own time until the header counts.
+local SHORT = 0.1
 -- A table would have to be published between two instructions that often in a row.
 local MAX_LOADS = 16
 
@@ -52,6 +59,7 @@ local counts           -- this worker's slot
 local loaded           -- the revision that `upstreams` holds, nil before the first
 local upstreams = {}
 local open = {}        -- request -> server that its present try is counted at
+local began = {}       -- request -> when that try was picked, in seconds of the monotonic clock
 local tried = {}       -- request -> {[key] = true}, from the second try on
 local tried_count = 0
 local children = {}    -- main request -> its subrequests, which end without a log phase
@@ -71,18 +79,24 @@ local function address_of(server)
   return server.ip
 end
 
-local function new_server(described, fail_open)
+local function new_server(described, upstream)
+  local address = address_of(described)
   return {
     key = described.key,
+    upstream = upstream,
     written = described.address or described.key,
-    address = address_of(described),
+    address = address,
     port = described.port,
+    endpoint = (described.port == 0 and address or address .. ":" .. described.port):lower(),
     weight = described.weight,
     max_conns = described.max_conns,
     cell = described.cell,
     at = stats.cell_offset(described.cell),
+    shared = stats.shared_offset(described.cell),
     ramp = described.ramp,
-    eligible = table_format.eligible(described.state, fail_open),
+    state = described.state,
+    eligible = table_format.eligible(described.state, upstream.fail_open),
+    ejected = false,
   }
 end
 
@@ -95,7 +109,9 @@ end
 
 local function build(name, description, previous)
   local upstream = {
-    primaries = {}, backups = {}, waiting = {}, limited = false,
+    name = name, fail_open = description.fail_open, outlier = description.outlier,
+    quarantine_ms = description.quarantine_ms, ejected = 0,
+    servers = {}, by_key = {}, primaries = {}, backups = {}, waiting = {}, limited = false,
     methods = METHODS[description.method],
     options = { all = {}, consistent = description.consistent, two = description.two },
   }
@@ -104,8 +120,14 @@ local function build(name, description, previous)
   elseif description.method == "ip_hash" then
     upstream.subject = key_template.compile("$binary_remote_addr")
   end
+  for _, path in ipairs(description.ignore_paths or {}) do
+    upstream.ignored = upstream.ignored or {}
+    upstream.ignored[path] = true
+  end
   for _, described in ipairs(description.servers) do
-    local server = new_server(described, description.fail_open)
+    local server = new_server(described, upstream)
+    table.insert(upstream.servers, server)
+    upstream.by_key[server.key] = server
     if not described.backup then
       table.insert(upstream.options.all, server)
     end
@@ -158,12 +180,13 @@ local function reweigh(upstream, group)
   end
 end
 
--- The keys that the request being served has tried, or nil; not an argument, since a closure would end the JIT's
--- trace.
-local excluded
+-- The keys that the request being served has tried, or nil, and whether ejected servers may serve it; not arguments,
+-- since a closure would end the JIT's trace.
+local excluded, ejected_serve
 
 local function is_refused(server)
-  return excluded and excluded[server.key]
+  return server.ejected and not ejected_serve
+    or excluded and excluded[server.key]
     or server.max_conns > 0 and stats.load(server.cell) >= server.max_conns
 end
 
@@ -171,12 +194,24 @@ local function load_of(server)
   return stats.load(server.cell)
 end
 
+local function choose_among(upstream, methods)
+  if methods then
+    local subject = upstream.subject and upstream.subject()
+    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject)
+      or methods.backup.pick_except(upstream.backup, is_refused, load_of)
+  end
+  return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
+end
+
 local function choose(upstream, keys)
+  if upstream.epoch ~= epoch() or upstream.expires and monotonic() >= upstream.expires then
+    ejection.refresh(upstream, monotonic())
+  end
   if #upstream.primary.ramping > 0 then
     reweigh(upstream, "primary")
   end
   local methods = upstream.methods
-  if not keys and not upstream.limited and not methods then
+  if not keys and not upstream.limited and not methods and upstream.ejected == 0 then
     local server = round_robin.pick(upstream.primary)
     if server then
       return server
@@ -185,13 +220,19 @@ local function choose(upstream, keys)
   if #upstream.backup.ramping > 0 then
     reweigh(upstream, "backup")
   end
-  excluded = keys
-  if methods then
-    local subject = upstream.subject and upstream.subject()
-    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject)
-      or methods.backup.pick_except(upstream.backup, is_refused, load_of)
+  excluded, ejected_serve = keys, false
+  local server = choose_among(upstream, methods)
+  if not server and upstream.ejected > 0 then
+    -- Rather an ejected server than none: the others may be full, or tried, or left the table since.
+    ejected_serve = true
+    server = choose_among(upstream, methods)
   end
-  return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
+  return server
+end
+
+-- The path that the client asked for.
+local function path()
+  return ngx.var.request_uri:match("^[^?]*")
 end
 
 local function take_back(server)
@@ -211,7 +252,7 @@ local function pick(name, keys, request)
       native.enter(request, name)
     end
     if state:get("revision") == loaded then
-      if server and server.start_key then
+      if server and server.start_key and not (upstream.ignored and upstream.ignored[path()]) then
         store.note_start(server.start_key)
       end
       return server, not upstream, upstream
@@ -224,24 +265,6 @@ local function pick(name, keys, request)
   error("headgate: the table changed " .. MAX_LOADS .. " times during one pick")
 end
 
--- Did the last try fail as nginx sees it: without a response header? `redirected`: a try before the present internal
--- redirect. upstream_status and upstream_header_time list tries with commas, and groups of them, one for each
--- redirect, with colons.
-local function last_try_failed(redirected)
-  local statuses, times = ngx.var.upstream_status, ngx.var.upstream_header_time
-  if not statuses or not times then
-    return false
-  end
-  if redirected then
-    statuses, times = statuses:match("^(.*) : "), times:match("^(.*) : ")
-    if not statuses or not times then
-      return false
-    end
-  end
-  local status = statuses:match("(%S+)$")
-  return (status == "502" or status == "504") and times:match("(%S+)$") == "-"
-end
-
 local function forget_tries(request)
   if tried[request] then
     tried[request] = nil
@@ -249,24 +272,75 @@ local function forget_tries(request)
   end
 end
 
-local function release(request, server, failed)
-  open[request] = nil
-  counts[server.at + ENDED] = counts[server.at + ENDED] + 1
-  if failed then
-    counts[server.at + FAILED] = counts[server.at + FAILED] + 1
+-- The upstream as it is now, for what concerns it as a whole, and the server in it.
+local function present(server)
+  if state:get("revision") ~= loaded then
+    load()
   end
+  local upstream = upstreams[server.upstream.name]
+  return upstream, upstream and upstream.by_key[server.key]
+end
+
+local function count(server, number)
+  local at = server.at + number
+  counts[at] = counts[at] + 1
+end
+
+-- What a try says about its server, beyond the counters. `server` is the one of the table that the try was picked by.
+local function judge(server, kind, own_mark, start, now)
+  local upstream, current = present(server)
+  if current and kind ~= NONE and kind ~= ANSWERED then
+    ejection.note_failure(upstream, current, kind, start, now)
+  end
+  if own_mark ~= nil and not (own_mark and current and ejection.mark(upstream, current, start, now)) then
+    count(server, REFUSED_MARKS)
+  end
+end
+
+-- Ends the count of a request's try: what it was (a kind of outcome.lua), the seconds until its answer, and whether the
+-- answer has a mark (as outcome.mark() says).
+local function release(request, server, kind, seconds, own_mark, now)
+  local start = began[request]
+  open[request], began[request] = nil, nil
+  if kind >= SERVER_ERROR then
+    local at = server.at
+    counts[at + ANSWERED_COUNT] = counts[at + ANSWERED_COUNT] + 1
+    counts[at + SECONDS] = counts[at + SECONDS] + seconds
+    if kind == SERVER_ERROR then
+      count(server, ERRORS)
+    elseif server.upstream.outlier then
+      ejection.note_success(server)
+    end
+  elseif kind ~= NONE then
+    count(server, FAILED)
+    if kind == TIMED_OUT then
+      count(server, TIMEOUTS)
+    end
+  end
+  if own_mark ~= nil or kind ~= NONE and kind ~= ANSWERED then
+    -- A count that never ends would be worse than a judgement that is missed.
+    local done, why = pcall(judge, server, kind, own_mark, start, now)
+    if not done then
+      ngx.log(ngx.ERR, "headgate: server ", server.key, " was not judged: ", why)
+    end
+  end
+  -- Last: when nothing is in flight any more, the server's numbers may become another one's.
+  count(server, ENDED)
 end
 
 -- Ends the count of the try before this one. Returns the keys that this request has tried when nginx retries, nil
 -- when it starts anew.
 local function settle(request, pointer, server)
   local failure = C.ngx_http_lua_ffi_balancer_get_last_failure(pointer, status_pointer, error_pointer)
+  local now = monotonic()
+  local kind, seconds = outcome.read(true)
   if failure <= 0 then
-    release(request, server, last_try_failed(true))
+    -- An internal redirect: the headers of the former answer are gone.
+    release(request, server, kind, seconds, nil, now)
     forget_tries(request)
     return nil
   end
-  release(request, server, failure == PEER_FAILED)
+  release(request, server, kind, seconds, outcome.mark(server.endpoint), now)
   local keys = tried[request]
   if not keys then
     keys = {}
@@ -295,7 +369,7 @@ local function release_subrequests()
   local name = family()
   for _, request in ipairs(children[name] or {}) do
     if open[request] then
-      release(request, open[request], false)
+      release(request, open[request], NONE)
       forget_tries(request)
     end
     native.leave(request)
@@ -336,7 +410,7 @@ function _M.balance(name)
     take_back(server)
     error("headgate: upstream " .. name .. ", server " .. server.key .. ": " .. ffi.string(error_pointer[0]))
   end
-  open[request] = server
+  open[request], began[request] = server, monotonic()
   if not keys then
     if upstream.spare_tries > 0 then
       C.ngx_http_lua_ffi_balancer_set_more_tries(pointer, upstream.spare_tries, error_pointer)
@@ -353,10 +427,18 @@ function _M.log()
   local request = tonumber(ffi.cast(intptr, pointer))
   local server = open[request]
   if server then
-    -- A response below 500 can hide a failed try only behind an internal redirect (error_page 502 =200 …).
-    local suspect = C.headgate_response_status(pointer) >= 500
+    local now = monotonic()
+    local kind, seconds = ANSWERED, now - began[request]
+    -- A response below 400 can hide a failed try only behind an internal redirect (error_page 502 =200 …) or a stale
+    -- answer from the cache.
+    if seconds > SHORT or C.headgate_response_status(pointer) >= 400
       or C.ngx_http_lua_ffi_req_is_internal(pointer) == 1
-    release(request, server, suspect and last_try_failed(false))
+    then
+      local header
+      kind, header = outcome.read()
+      seconds = seconds > SHORT and header or seconds
+    end
+    release(request, server, kind, seconds, outcome.mark(server.endpoint), now)
   end
   native.leave(request)
   if tried_count > 0 then

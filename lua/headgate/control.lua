@@ -1,6 +1,7 @@
 -- The control server: HTTP and JSON on a unix socket, for the Headgate daemon. Whole tables in, counters out;
 -- docs/data-plane.md describes every route and code.
 local cjson = require("cjson.safe")
+local ejection = require("headgate.ejection")
 local native = require("headgate.native")
 local stats = require("headgate.stats")
 local store = require("headgate.store")
@@ -97,14 +98,17 @@ local function counters_body(only)
     if only and only ~= name then
       return
     end
-    local requests, failures = stats.totals(server.cell)
+    local body = stats.totals(server.cell)
+    for counter, before in pairs(server.before) do
+      body[counter] = body[counter] - before
+    end
+    body.in_flight = stats.in_flight(server.cell, living.slots)
+    body.warm_up = ramp_body(name, server, now)
+    local ewma = stats.shared()[stats.shared_offset(server.cell) + stats.EWMA]
+    body.ewma_ms = ewma > 0 and ewma * 1000 or cjson.null
+    body.ejected = ejection.describe(server.cell, now) or cjson.null
     upstreams[name] = upstreams[name] or {}
-    upstreams[name][server.key] = {
-      in_flight = stats.in_flight(server.cell, living.slots),
-      requests = requests - server.requests_before,
-      failures = failures - server.failures_before,
-      warm_up = ramp_body(name, server, now),
-    }
+    upstreams[name][server.key] = body
   end
   for name, upstream in pairs(blob.upstreams) do
     for _, server in ipairs(upstream.servers) do

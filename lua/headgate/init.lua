@@ -1,7 +1,6 @@
 -- What nginx's hooks call, one function for each; nginx/headgate.conf says where. Nothing is decided here.
 local balancer = require("headgate.balancer")
 local control = require("headgate.control")
-local stats = require("headgate.stats")
 local store = require("headgate.store")
 local system = require("headgate.system")
 
@@ -18,8 +17,7 @@ function _M.init(options)
   if not system.is_configuration_test() then
     system.remove_stale_socket(options.socket)
   end
-  stats.attach(store.state)
-  store.make_boot()
+  store.attach()
   if store.revision() then
     return
   end

@@ -1,10 +1,15 @@
--- Counters in memory that all workers share: who writes where, and how they are added up. What a counter is for
--- stands in balancer.lua.
+-- Numbers in memory that all workers share: who writes where, and how they are added up. What a number is for stands
+-- in balancer.lua and ejection.lua.
 --
--- One slot for each worker, one cell for each server, three numbers in a cell. A slot has one writer, the worker that
--- owns it, so counting is a plain addition. A slot belongs to (pid, start time); when that process is gone, the next
--- worker takes the slot over, forgets what was in flight and goes on from the totals: requests are never lost from a
--- sum, and nothing stays in flight for the dead.
+-- Counters: one slot for each worker, one cell for each server, eight numbers in a cell. A slot has one writer, the
+-- worker that owns it, so counting is a plain addition. A slot belongs to (pid, start time); when that process is
+-- gone, the next worker takes the slot over, forgets what was in flight and goes on from the totals: requests are
+-- never lost from a sum, and nothing stays in flight for the dead.
+--
+-- Marks on servers: one cell for each server that any worker may write (streaks of failures, ejections, the mean
+-- response time), behind them one number that is changed whenever somebody was ejected or let in again. Ejections are
+-- written under a lock. Streaks and means are not: of two workers that write at the same instant one is not seen,
+-- which makes a streak one shorter or a mean one answer older, and a number is never torn (8 bytes, aligned).
 --
 -- The memory is anonymous and made once by the nginx master, which all workers are forked from; its address waits in
 -- a shared dict for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
@@ -13,32 +18,63 @@ local system = require("headgate.system")
 
 local _M = {}
 
+--- Changes with the layout of this memory; store.lua starts afresh when a reload brings another one.
+_M.LAYOUT = 2
 _M.CELLS = 4096
+
+--- A cell's numbers in a slot, as offsets from cell_offset(). Tries: begun, ended, without an answer (failed), those
+-- of them that timed out, answered 5xx (errors), answered at all; seconds until these answers; marks not believed.
+-- Begun less ended is in flight.
+_M.BEGUN, _M.ENDED, _M.FAILED, _M.TIMEOUTS = 0, 1, 2, 3
+_M.ERRORS, _M.ANSWERED, _M.SECONDS, _M.REFUSED_MARKS = 4, 5, 6, 7
+--- Those that totals() adds up.
+_M.TOTALS = {
+  requests = _M.BEGUN, failures = _M.FAILED, timeouts = _M.TIMEOUTS, errors = _M.ERRORS, answered = _M.ANSWERED,
+  seconds = _M.SECONDS, refused_marks = _M.REFUSED_MARKS,
+}
+
+--- A server's shared numbers, as offsets from shared_offset() into shared(). Moments are seconds of
+-- system.monotonic(), 0 is never. The first eight are written seldom, so that reading them costs no cache miss.
+_M.UNTIL = 0            -- the end of its ejection
+_M.REASON = 1           -- why: an index of ejection.REASONS
+_M.TIMES = 2            -- ejections so far, those that were lived down taken off
+_M.STREAK_ERRORS = 3    -- consecutive failures of each kind
+_M.STREAK_TIMEOUTS = 4
+_M.STREAK_SERVER_ERRORS = 5
+_M.PARDONED = 6         -- when it was forgiven last, or its cell taken
+_M.ENDED_AT = 7         -- the end of the last ejection by failures
+_M.EWMA = 8             -- mean response time in seconds, 0 without one
+_M.EWMA_AT = 9          -- when it was updated
+_M.MARKS = 10           -- like TIMES, of marks that were believed
+_M.MARK_ENDED_AT = 11
+
 local SLOTS = 512
-local PID, START, FIRST = 0, 1, 2
-local STRIDE = FIRST + 3 * _M.CELLS
+local NUMBERS, SHARED_NUMBERS = 8, 16
+-- Cells begin on cache lines.
+local EPOCH, SHARED = 0, 8
+local ALL_SLOTS = SHARED + SHARED_NUMBERS * _M.CELLS
+local PID, START, FIRST = 0, 1, 8
+local STRIDE = FIRST + NUMBERS * _M.CELLS
 
---- A cell's numbers, as offsets from cell_offset(): tries begun, ended and failed. Begun less ended is in flight.
-_M.BEGUN, _M.ENDED, _M.FAILED = 0, 1, 2
-
-local memory
+local memory, slots
 
 --- Attaches to the memory, making it when `dict` does not know it yet. Called by the master for each configuration.
 function _M.attach(dict)
   local address = dict:get("memory")
   if not address then
-    address = system.share_memory(SLOTS * STRIDE * ffi.sizeof("double"))
+    address = system.share_memory((ALL_SLOTS + SLOTS * STRIDE) * ffi.sizeof("double"))
     assert(dict:safe_set("memory", address))
   end
   memory = ffi.cast("double *", address)
+  slots = memory + ALL_SLOTS
 end
 
 local function is_used(slot)
-  return memory[slot * STRIDE + PID] ~= 0
+  return slots[slot * STRIDE + PID] ~= 0
 end
 
 local function owner_lives(slot)
-  return system.start_time(memory[slot * STRIDE + PID]) == memory[slot * STRIDE + START]
+  return system.start_time(slots[slot * STRIDE + PID]) == slots[slot * STRIDE + START]
 end
 
 -- Slots are used from the first on and never given back, so the first unused one ends them.
@@ -52,16 +88,21 @@ local function each_used()
   end
 end
 
+--- Where a cell (0 to CELLS - 1) begins within a slot.
+function _M.cell_offset(cell)
+  return FIRST + NUMBERS * cell
+end
+
 -- Forgets what was in flight in the slot of a process that is gone.
 local function settle(slot)
-  local start = slot * STRIDE
-  for cell = start + FIRST, start + STRIDE - 3, 3 do
-    memory[cell + _M.ENDED] = memory[cell + _M.BEGUN]
+  for cell = 0, _M.CELLS - 1 do
+    local at = slot * STRIDE + _M.cell_offset(cell)
+    slots[at + _M.ENDED] = slots[at + _M.BEGUN]
   end
 end
 
---- Takes a slot for process `pid` and settles those of the dead; the caller holds the lock of store.lua. Returns the
--- slot as a `double *` to index with cell_offset() + BEGUN, ENDED or FAILED; nil when 512 living workers have one.
+--- Takes a slot for process `pid` and settles those of the dead; the caller holds the lock. Returns the slot as a
+-- `double *` to index with cell_offset() + BEGUN and so on; nil when 512 living workers have one.
 function _M.claim(pid)
   local mine, used
   for slot in each_used() do
@@ -76,14 +117,9 @@ function _M.claim(pid)
     return nil
   end
   local start = mine * STRIDE
-  memory[start + START] = system.start_time(pid)
-  memory[start + PID] = pid
-  return memory + start
-end
-
---- Where a cell (0 to CELLS - 1) begins within a slot.
-function _M.cell_offset(cell)
-  return FIRST + 3 * cell
+  slots[start + START] = system.start_time(pid)
+  slots[start + PID] = pid
+  return slots + start
 end
 
 --- The living workers: {slots = {slot…}, pids = {pid…}}, those that shut down included.
@@ -92,7 +128,7 @@ function _M.living()
   for slot in each_used() do
     if owner_lives(slot) then
       table.insert(living.slots, slot)
-      table.insert(living.pids, memory[slot * STRIDE + PID])
+      table.insert(living.pids, slots[slot * STRIDE + PID])
     end
   end
   return living
@@ -101,14 +137,14 @@ end
 -- Exact where no picks come any more. Elsewhere a try may begin and end between the two reads, and make them differ
 -- by less than nothing.
 local function in_flight(slot, cell)
-  local at = slot * STRIDE + FIRST + 3 * cell
-  return math.max(0, memory[at + _M.BEGUN] - memory[at + _M.ENDED])
+  local at = slot * STRIDE + FIRST + NUMBERS * cell
+  return math.max(0, slots[at + _M.BEGUN] - slots[at + _M.ENDED])
 end
 
 --- Requests in flight at a cell's server, over the given slots.
-function _M.in_flight(cell, slots)
+function _M.in_flight(cell, given)
   local sum = 0
-  for _, slot in ipairs(slots) do
+  for _, slot in ipairs(given) do
     sum = sum + in_flight(slot, cell)
   end
   return sum
@@ -123,15 +159,49 @@ function _M.load(cell)
   return sum
 end
 
---- Tries begun and failed at a cell since its memory was made, by all workers that ever were.
+--- The counters of a cell since its memory was made, over all workers that ever were: {requests, failures, …}, the
+-- names of TOTALS.
 function _M.totals(cell)
-  local begun, failed = 0, 0
-  for slot in each_used() do
-    local at = slot * STRIDE + FIRST + 3 * cell
-    begun = begun + memory[at + _M.BEGUN]
-    failed = failed + memory[at + _M.FAILED]
+  local totals = {}
+  for name in pairs(_M.TOTALS) do
+    totals[name] = 0
   end
-  return begun, failed
+  for slot in each_used() do
+    local at = slot * STRIDE + _M.cell_offset(cell)
+    for name, number in pairs(_M.TOTALS) do
+      totals[name] = totals[name] + slots[at + number]
+    end
+  end
+  return totals
+end
+
+--- The shared numbers as a `double *`, to index with shared_offset() + UNTIL and so on.
+function _M.shared()
+  return memory
+end
+
+--- Where the shared numbers of a cell begin.
+function _M.shared_offset(cell)
+  return SHARED + SHARED_NUMBERS * cell
+end
+
+--- Forgets all shared numbers of a cell, for another server or the same one anew; `now` is its pardon.
+function _M.clear_shared(cell, now)
+  local at = _M.shared_offset(cell)
+  for i = at, at + SHARED_NUMBERS - 1 do
+    memory[i] = 0
+  end
+  memory[at + _M.PARDONED] = now
+end
+
+--- What changes with each ejection and pardon; compare with what you saw last.
+function _M.epoch()
+  return memory[EPOCH]
+end
+
+--- Tells all workers that ejections changed; the caller holds the lock of ejections.
+function _M.next_epoch()
+  memory[EPOCH] = memory[EPOCH] + 1
 end
 
 return _M

@@ -5,6 +5,8 @@
 -- A blob is the validated table, made ready for the workers: each server has its cell of counters (stats.lua) and its
 -- ramp (warm_up.lua) and the blob lists cells whose server has left the table.
 local cjson = require("cjson.safe")
+local ejection = require("headgate.ejection")
+local lock = require("headgate.lock")
 local stats = require("headgate.stats")
 local system = require("headgate.system")
 local table_format = require("headgate.table")
@@ -16,25 +18,10 @@ local blobs = ngx.shared.headgate_table
 local state = ngx.shared.headgate_state
 _M.state = state
 
--- Longer than any critical section by far; it ends the lock of a worker that was killed inside.
-local LOCK_SECONDS = 5
-
 --- Runs `work(...)` while no other process runs one; `pause(seconds)` waits for a turn. Returns what `work` returns,
 -- or nil, "busy".
 function _M.exclusive(pause, work, ...)
-  local patience = system.monotonic() + 2 * LOCK_SECONDS
-  while not state:add("lock", ngx.worker.pid(), LOCK_SECONDS) do
-    if system.monotonic() > patience then
-      return nil, "busy"
-    end
-    pause(0.001)
-  end
-  local results = { pcall(work, ...) }
-  state:delete("lock")
-  if not results[1] then
-    error(results[2], 0)
-  end
-  return unpack(results, 2, 3)
+  return lock.hold("table", 5, pause, work, ...)
 end
 
 --- The revision of the current table, nil without one.
@@ -48,7 +35,14 @@ function _M.boot()
   return state:get("boot")
 end
 
-function _M.make_boot()
+--- Called by the master for each configuration. A reload that brings another layout of the shared memory begins as a
+-- restart does: from the snapshot, under a new boot id.
+function _M.attach()
+  if state:get("layout") ~= stats.LAYOUT then
+    state:flush_all()
+    assert(state:safe_set("layout", stats.LAYOUT))
+  end
+  stats.attach(state)
   state:safe_add("boot", system.random_hex(16))
 end
 
@@ -102,10 +96,11 @@ end
 -- Gives every server of `new` a cell: its own from `old` (also when it had left and still has requests in flight),
 -- else a free one. A cell is freed when its server has left in an earlier table and nothing is in flight: the newer
 -- revision was read after every pick that used the older one, so none can come any more. Counts of a cell's former
--- server are kept in `requests_before`, `failures_before`.
+-- server are kept in `before`. Returns whether there was room, and the cells whose ejections are to be forgotten: those
+-- of new and of forgiven servers.
 local function assign_cells(new, old)
   local living = stats.living().slots
-  local cells = {}
+  local cells, forgiven = {}, {}
   new.free, new.left, new.next_cell = old.free, {}, old.next_cell
   for _, entry in ipairs(old.left) do
     if stats.in_flight(entry.cell, living) == 0 then
@@ -117,7 +112,7 @@ local function assign_cells(new, old)
   each_server(old, function(name, server)
     cells[index_of(name, server.key)] = {
       upstream = name, key = server.key, cell = server.cell,
-      requests_before = server.requests_before, failures_before = server.failures_before,
+      before = server.before, forgive = server.forgive,
     }
   end)
   local full = false
@@ -126,8 +121,10 @@ local function assign_cells(new, old)
     local entry = cells[index]
     cells[index] = nil
     if entry then
-      server.cell = entry.cell
-      server.requests_before, server.failures_before = entry.requests_before, entry.failures_before
+      server.cell, server.before = entry.cell, entry.before
+      if (server.forgive or 0) ~= (entry.forgive or 0) then
+        table.insert(forgiven, entry.cell)
+      end
       return
     end
     server.cell = table.remove(new.free)
@@ -137,13 +134,14 @@ local function assign_cells(new, old)
       full = full or server.cell >= stats.CELLS
     end
     if not full then
-      server.requests_before, server.failures_before = stats.totals(server.cell)
+      server.before = stats.totals(server.cell)
+      table.insert(forgiven, server.cell)
     end
   end)
   for _, entry in pairs(cells) do
     table.insert(new.left, entry)
   end
-  return not full
+  return not full, forgiven
 end
 
 local function assign_ramps(new, old, now)
@@ -184,13 +182,15 @@ function _M.publish(document, digest)
     return nil, "stale"
   end
   document.digest = digest
-  if not assign_cells(document, old) then
+  local fits, forgiven = assign_cells(document, old)
+  if not fits then
     return nil, "full"
   end
   local forgotten = assign_ramps(document, old, system.monotonic())
   if not blobs:safe_set("table:" .. document.revision, assert(cjson.encode(document))) then
     return nil, "full"
   end
+  ejection.forgive(forgiven)
   assert(state:safe_set("revision", document.revision))
   blobs:delete("table:" .. old.revision)
   for start_key in pairs(forgotten) do

@@ -2,20 +2,24 @@
 --   {"format": 1, "revision": N, "upstreams": {NAME: {"method", "fail_open", "servers": [
 --     {"key", "ip", "port", "weight", "state", "backup", "max_conns", "warm_up": null |
 --      {"epoch", "elapsed_ms", "duration_ms", "curve", "floor", "starts", "held"}}]}}}
--- With method hash an upstream has "key" too, and may have "consistent"; with random it may have "two". A server may
--- have "address". Unknown fields are ignored. Who may be picked is said here as well: it is a property of the format.
+-- With method hash an upstream has "key" too, and may have "consistent" and "bound"; with random it may have "two". An
+-- upstream may have "sticky", "ignore_paths", "outlier" and "quarantine_ms"; a server "address" and "forgive"; a
+-- warm_up "steps". Unknown fields are ignored. Who may be picked is said here as well: it is a property of the format.
 local _M = {}
 
 _M.FORMAT = 1
 -- What JSON numbers carry exactly through the encoder (14 digits).
 _M.MAX_REVISION = 99999999999999
-_M.METHODS = { round_robin = true, least_conn = true, hash = true, ip_hash = true, random = true }
+_M.METHODS = { round_robin = true, least_conn = true, ewma = true, hash = true, ip_hash = true, random = true }
 
-local STATES = { up = true, down = true, drain = true, maint = true, quarantine = true }
+local STATES = {
+  up = true, down = true, drain = true, sessions = true, maint = true, quarantine = true, waiting = true,
+}
+local SAME_SITE = { Lax = true, Strict = true, None = true }
 local STARTS = { healthy = true, ["first-request"] = true }
 local MAX_UNIX_PATH = 107
 
---- May a server with this state get new requests?
+--- May a server with this state get new requests? With "sessions" only those whose cookie names it.
 function _M.eligible(state, fail_open)
   return state == "up" or (fail_open and state == "down")
 end
@@ -84,19 +88,68 @@ local checks = {
     return is_integer(v, 1, 65535)
   end, "an integer from 1 to 65535 (0 with a unix socket)" },
   { "weight", function(v) return is_number(v) and v > 0 end, "a number above 0 (to stop traffic, set the state)" },
-  { "state", function(v) return STATES[v] ~= nil end, "one of up, down, drain, maint, quarantine" },
+  { "state", function(v) return STATES[v] ~= nil end, "one of up, down, drain, sessions, maint, quarantine, waiting" },
   { "backup", function(v) return type(v) == "boolean" end, "true or false" },
   { "max_conns", function(v) return is_integer(v, 0, 2 ^ 31) end, "an integer, 0 for no limit" },
+  { "forgive", function(v) return v == nil or is_integer(v, 0, _M.MAX_REVISION) end,
+    "an integer, 0 or more, or absent" },
 }
 
 local function is_optional_boolean(value)
   return value == nil or type(value) == "boolean"
 end
 
+local function is_list_of_paths(value)
+  if type(value) ~= "table" then
+    return value == nil
+  end
+  for i, path in pairs(value) do
+    if type(i) ~= "number" or type(path) ~= "string" or path:sub(1, 1) ~= "/" then
+      return false
+    end
+  end
+  return true
+end
+
+local function is_count(value)
+  return is_integer(value, 0, 1e6)
+end
+
+local upstream_checks = {
+  { "fail_open", function(v) return type(v) == "boolean" end, "true or false" },
+  { "ignore_paths", is_list_of_paths, 'a list of paths that begin with "/", or absent' },
+  { "quarantine_ms", function(v) return v == nil or is_number(v) and v >= 0 end,
+    "a number of milliseconds, 0 to believe no marks, or absent" },
+  { "sticky", function(v) return v == nil or type(v) == "table" end, "an object, or absent" },
+  { "outlier", function(v) return v == nil or type(v) == "table" end, "an object, or absent" },
+}
+
+local sticky_checks = {
+  { "cookie", function(v) return type(v) == "string" and v:find("^[%w!#$%%&'*+.^_`|~-]+$") ~= nil end,
+    "a cookie's name (letters, digits, _ and the like)" },
+  { "path", function(v) return type(v) == "string" and v:find("^/[^%c;]*$") ~= nil end, 'a path that begins with "/"' },
+  { "secure", function(v) return type(v) == "boolean" end, "true or false" },
+  { "http_only", function(v) return type(v) == "boolean" end, "true or false" },
+  { "same_site", function(v) return SAME_SITE[v] ~= nil end, "one of Lax, Strict, None" },
+  { "max_age", function(v) return is_integer(v, 0, 2 ^ 31) end, "an integer of seconds, 0 for a session cookie" },
+}
+
+local outlier_checks = {
+  { "errors", is_count, "an integer, 0 for off" },
+  { "timeouts", is_count, "an integer, 0 for off" },
+  { "server_errors", is_count, "an integer, 0 for off" },
+  { "base_ms", function(v) return is_number(v) and v > 0 end, "a number of milliseconds above 0" },
+  { "cap_ms", function(v, outlier) return is_number(v) and is_number(outlier.base_ms) and v >= outlier.base_ms end,
+    "a number of milliseconds, at least base_ms" },
+  { "max_ejected", function(v) return is_number(v) and v >= 0 and v <= 1 end, "a number from 0 to 1" },
+}
+
 local method_checks = {
   hash = {
     { "key", function(v) return type(v) == "string" end, "a text with nginx's variables, such as $remote_addr" },
     { "consistent", is_optional_boolean, "true or false" },
+    { "bound", function(v, upstream) return v == nil or v == 0 or is_number(v) and v >= 1 and upstream.consistent end,
+      "a number of at least 1 with a consistent hash, or 0" },
   },
   random = { { "two", is_optional_boolean, "true or false" } },
 }
@@ -109,6 +162,7 @@ local warm_up_checks = {
   { "floor", function(v) return is_number(v) and v > 0 and v <= 1 end, "a number above 0, at most 1" },
   { "starts", function(v) return STARTS[v] ~= nil end, 'either "healthy" or "first-request"' },
   { "held", function(v) return type(v) == "boolean" end, "true or false" },
+  { "steps", function(v) return v == nil or is_integer(v, 0, 1e6) end, "an integer, 0 for none, or absent" },
 }
 
 local function problem(code, message, remedy)
@@ -160,14 +214,14 @@ local function check_upstream(name, upstream)
   end
   if not _M.METHODS[upstream.method] then
     return wrong_field(place, "method", upstream.method,
-      "use round_robin, least_conn, hash, ip_hash or random", "unknown_method")
+      "use round_robin, least_conn, ewma, hash, ip_hash or random", "unknown_method")
   end
-  local wrong_method = first_wrong(method_checks[upstream.method] or {}, upstream, place)
-  if wrong_method then
-    return wrong_method
-  end
-  if type(upstream.fail_open) ~= "boolean" then
-    return wrong_field(place, "fail_open", upstream.fail_open, "fail_open must be true or false")
+  local wrong = first_wrong(method_checks[upstream.method] or {}, upstream, place)
+    or first_wrong(upstream_checks, upstream, place)
+    or upstream.sticky and first_wrong(sticky_checks, upstream.sticky, place .. ", sticky")
+    or upstream.outlier and first_wrong(outlier_checks, upstream.outlier, place .. ", outlier")
+  if wrong then
+    return wrong
   end
   if not is_table(upstream.servers) or #upstream.servers == 0 then
     return problem("no_servers", place .. ': field "servers" holds no server',
@@ -176,7 +230,7 @@ local function check_upstream(name, upstream)
   local seen = {}
   for i, server in ipairs(upstream.servers) do
     local where = place .. ", server " .. i
-    local wrong = check_server(server, where)
+    wrong = check_server(server, where)
     if wrong then
       return wrong
     end

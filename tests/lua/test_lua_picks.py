@@ -151,9 +151,9 @@ async def test_a_running_warm_up_is_not_set_back_by_a_table_unless_its_hold_or_e
         assert await elapsed_after(elapsed_ms=10_000) >= 10
         assert await elapsed_after(elapsed_ms=0) > 10
         assert await elapsed_after(elapsed_ms=4_000, held=True) == 4
-        assert await elapsed_after(elapsed_ms=9_000, held=True) == 4
-        assert 4 <= await elapsed_after(elapsed_ms=4_000) < 9
-        assert await elapsed_after(epoch=2) < 4
+        assert await elapsed_after(elapsed_ms=2_000, held=True) == 2
+        assert 3 <= await elapsed_after(elapsed_ms=3_000) < 9
+        assert await elapsed_after(epoch=2) < 3
 
 
 async def test_ipv6_and_unix_servers_are_reached() -> None:

@@ -66,7 +66,7 @@ function _M.new(servers, previous, random)
     else
       local weight = server.weight
       if ramp then
-        weight = weight * warm_up.share(ramp.elapsed, ramp.duration, ramp.curve, ramp.floor)
+        weight = weight * warm_up.share(ramp, ramp.elapsed)
       end
       if not by_weight[weight] then
         by_weight[weight] = {}
@@ -93,7 +93,7 @@ function _M.reweigh(state, now)
     local server = ring.servers[1]
     local ramp = server.ramp
     local elapsed = warm_up.elapsed(ramp, now)
-    ring.weight = server.weight * warm_up.share(elapsed, ramp.duration, ramp.curve, ramp.floor)
+    ring.weight = server.weight * warm_up.share(ramp, elapsed)
     total = total + ring.weight
     done = done and elapsed >= ramp.duration
   end

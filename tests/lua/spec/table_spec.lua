@@ -33,7 +33,7 @@ describe("a table", function()
   end)
 
   it("lets servers that are up be picked, and those that are down where the upstream fails open", function()
-    for _, state in ipairs({ "up", "down", "drain", "maint", "quarantine" }) do
+    for _, state in ipairs({ "up", "down", "drain", "sessions", "maint", "quarantine", "waiting" }) do
       assert.equal(state == "up", table_format.eligible(state, false))
       assert.equal(state == "up" or state == "down", table_format.eligible(state, true))
     end
