@@ -2,7 +2,12 @@
 --
 -- nginx's ngx_http_upstream_hash_module, so that an adopted upstream keeps its mapping: the plain method is that of
 -- Cache::Memcached, the consistent one that of Cache::Memcached::Fast (ketama). Servers that cannot serve keep their
--- places, so only their own keys move, and warm-ups have no effect: any changed weight would move other keys.
+-- places, so only their own keys move, and warm-ups do not move keys: any changed weight would move those of others.
+--
+-- With a bound the circle is "consistent hashing with bounded loads" (Mirrokni, Thorup, Zadimoghaddam, 2016): a server
+-- takes at most bound times its fair share of the requests in flight, ceil(bound * (all in flight + 1) * weight / all
+-- weights), where the weight is that of its warm-up; a key whose server is full goes on along the circle. Those
+-- capacities add up to more than what is in flight, so there is always room.
 local bit = require("bit")
 local round_robin = require("headgate.methods.round_robin")
 local slots = require("headgate.methods.slots")
@@ -11,6 +16,8 @@ local _M = { reweigh = round_robin.reweigh }
 
 local band, bxor, rshift = bit.band, bit.bxor, bit.rshift
 local POINTS_PER_WEIGHT = 160
+-- So that 3 * (1 / 3) is not above 1.
+local ROUNDING = 1e-9
 
 local crc_table = {}
 for i = 0, 255 do
@@ -129,9 +136,19 @@ local function signature_of(places)
 end
 
 --- As round_robin.new(); `options.all` are the servers of the table in its order, with `eligible` false where one
--- must not be picked, and `written`, the address as nginx.conf has it; `options.consistent` for the circle.
+-- must not be picked, and `written`, the address as nginx.conf has it; `options.consistent` for the circle,
+-- `options.bound` for its bound (1 or more), nil without one.
 function _M.new(servers, previous, random, options)
   local state = slots.new(servers, previous, random, options)
+  state.bound = options.consistent and options.bound
+  if state.bound then
+    state.ring_of = {}
+    for _, ring in ipairs(state.rings) do
+      for _, server in ipairs(ring.servers) do
+        state.ring_of[server] = ring
+      end
+    end
+  end
   if options.consistent and #state.all > 0 then
     state.places = places_of(state.all)
     local signature, circle = signature_of(state.places), previous and previous.circle
@@ -184,9 +201,41 @@ local function pick_on_circle(state, refused, key)
   end
 end
 
---- The server of `key`, or where `refused(server)` is true the next in the key's order; nil when all are refused.
-function _M.pick_except(state, refused, _, key)
+-- How many requests a server may carry for each unit of its weight.
+local function room_per_weight(state, refused, load)
+  local carried, weight = 0, 0
+  for _, ring in ipairs(state.rings) do
+    for _, server in ipairs(ring.servers) do
+      if not refused(server) then
+        carried, weight = carried + load(server), weight + ring.weight
+      end
+    end
+  end
+  return state.bound * (carried + 1) / weight
+end
+
+-- `refused`, widened by the servers that are full. What all servers carry is summed up only where a key's own server is
+-- not idle: an idle one has room for one request in any case.
+local function refused_or_full(state, refused, load)
+  local room
+  return function(server)
+    if refused(server) then
+      return true
+    end
+    local carried = load(server)
+    if carried == 0 then
+      return false
+    end
+    room = room or room_per_weight(state, refused, load)
+    return carried + 1 > math.ceil(room * state.ring_of[server].weight - ROUNDING)
+  end
+end
+
+--- The server of `key`, or where `refused(server)` is true or it is full the next in the key's order; nil when all are
+-- refused.
+function _M.pick_except(state, refused, load, key)
   if state.circle then
+    refused = state.ring_of and refused_or_full(state, refused, load) or refused
     return pick_on_circle(state, refused, key)
   end
   local sum, rehash = 0, 0

@@ -128,6 +128,18 @@ local function index(ring, distance)
   return (ring.at - 1 + distance) % ring.size + 1
 end
 
+-- The server `distance` steps behind the ring's head pays for a pick, from `credit`, and becomes the last.
+local function pay(ring, distance, credit)
+  local server = ring.servers[index(ring, distance)]
+  for step = distance, 1, -1 do
+    local to, from = index(ring, step), index(ring, step - 1)
+    ring.servers[to], ring.credits[to] = ring.servers[from], ring.credits[from]
+  end
+  ring.servers[ring.at], ring.credits[ring.at] = server, credit - 1
+  ring.at = index(ring, 1)
+  return server
+end
+
 --- Like pick(), among the servers for which `refused(server)` is false; nil when all are refused.
 -- A refused server does not save up the turns that it missed.
 function _M.pick_except(state, refused)
@@ -155,14 +167,19 @@ function _M.pick_except(state, refused)
       ring.credits[i] = math.min(ring.credits[i], top - ring.gained)
     end
   end
-  local server = best.servers[index(best, best_distance)]
-  for distance = best_distance, 1, -1 do
-    local to, from = index(best, distance), index(best, distance - 1)
-    best.servers[to], best.credits[to] = best.servers[from], best.credits[from]
+  return pay(best, best_distance, top - best.gained)
+end
+
+--- Like pick(), but the server is given: what others are owed grows as if it had been its turn.
+function _M.take(state, server)
+  for _, ring in ipairs(state.rings) do
+    ring.gained = ring.gained + ring.weight * state.gain
+    for distance = 0, ring.size - 1 do
+      if ring.servers[index(ring, distance)] == server then
+        pay(ring, distance, ring.credits[ring.at])
+      end
+    end
   end
-  best.servers[best.at], best.credits[best.at] = server, top - best.gained - 1
-  best.at = index(best, 1)
-  return server
 end
 
 return _M

@@ -117,10 +117,40 @@ describe("least_conn", function()
     local ramp = { epoch = 1, duration = 100, curve = 1, floor = 0.1, held = false, since = 0 }
     local state = new(least_conn, { server("warm", 1), server("cold", 1, { ramp = ramp }) })
     assert.is_false(least_conn.reweigh(state, 25))
-    local picked = least_conn.pick_except(state, refusing(), loads({ warm = 3, cold = 1 }))
-    assert.equal("warm", picked.key)
+    local load = loads({ warm = 3, cold = 1 })
+    for _ = 1, 20 do
+      assert.equal("warm", least_conn.pick_except(state, refusing(), load).key)
+    end
     least_conn.reweigh(state, 50)
-    assert.equal("cold", least_conn.pick_except(state, refusing(), loads({ warm = 3, cold = 1 })).key)
+    assert.equal("cold", least_conn.pick_except(state, refusing(), load).key)
+  end)
+
+  it("gives a server that warms no more than its share, though it is idle and all others are busy", function()
+    for _, share in ipairs({ 0.01, 0.1, 0.25 }) do
+      local ramp = { epoch = 1, duration = 100, curve = 1, floor = share, held = false, since = 0 }
+      local state = new(least_conn, { server("a", 1), server("b", 1), server("cold", 1, { ramp = ramp }) })
+      least_conn.reweigh(state, 0)
+      for _, load in ipairs({ loads({ a = 2, b = 2 }), loads({}) }) do
+        local cold = 0
+        for _ = 1, 1000 do
+          cold = cold + (least_conn.pick_except(state, refusing(), load).key == "cold" and 1 or 0)
+        end
+        assert.near(1000 * share / (2 + share), cold, 2)
+      end
+    end
+  end)
+
+  it("serves with servers that warm alone, and goes on from what they are owed", function()
+    local ramp = { epoch = 1, duration = 100, curve = 1, floor = 0.1, held = false, since = 0 }
+    local all = { server("a", 1, { ramp = ramp }), server("b", 1, { ramp = ramp }) }
+    local state, counts = new(least_conn, all), {}
+    for _ = 1, 50 do
+      state = least_conn.new(all, state, generator())
+      least_conn.reweigh(state, 0)
+      local key = least_conn.pick_except(state, refusing(), loads({})).key
+      counts[key] = (counts[key] or 0) + 1
+    end
+    assert.near(25, counts.a, 2)
   end)
 end)
 
@@ -199,6 +229,80 @@ describe("hash consistent", function()
       seen[key] = (seen[key] or 0) + 1
     end
     assert.same({ ["app:80@10.0.0.1"] = 2, ["app:80@10.0.0.2"] = 2 }, seen)
+  end)
+end)
+
+describe("hash consistent with a bound", function()
+  local function bounded(all, bound)
+    return new(hash, all, { consistent = true, bound = bound })
+  end
+
+  local function held(state, all, requests, refused)
+    local carried = {}
+    for _, each in ipairs(all) do
+      carried[each.key] = 0
+    end
+    for i = 1, requests do
+      local picked = hash.pick_except(state, refused or refusing(), loads(carried), "key" .. i % 7)
+      carried[picked.key] = carried[picked.key] + 1
+    end
+    return carried
+  end
+
+  it("keeps every key where it is while its server has room", function()
+    local all = three()
+    local plain, bound = new(hash, all, { consistent = true }), bounded(all, 1.25)
+    for i = 1, 300 do
+      local load = loads({ ["127.0.0.1:8001"] = 5, ["127.0.0.1:8002"] = 10, ["127.0.0.1:8003"] = 15 })
+      local subject = "key" .. i
+      local unbound = hash.pick_except(plain, refusing(), load, subject)
+      assert.equal(unbound, hash.pick_except(bound, refusing(), load, subject))
+    end
+  end)
+
+  it("never lets a server carry more than its bound, whatever the keys", function()
+    for _, factor in ipairs({ 1, 1.25, 2 }) do
+      for requests = 1, 120 do
+        local all = three()
+        for i, each in ipairs(all) do
+          assert.is_true(held(bounded(all, factor), all, requests)[each.key] <= math.ceil(factor * requests * i / 6))
+        end
+      end
+    end
+  end)
+
+  it("takes one key to the next servers of its circle as they fill", function()
+    local all, order = three(), {}
+    local state, carried = bounded(all, 1), {}
+    for _ = 1, 6 do
+      local key = hash.pick_except(state, refusing(), loads(carried), "one").key
+      carried[key] = (carried[key] or 0) + 1
+      order[#order + 1] = key
+    end
+    assert.same({ ["127.0.0.1:8001"] = 1, ["127.0.0.1:8002"] = 2, ["127.0.0.1:8003"] = 3 }, carried)
+    local plain = new(hash, all, { consistent = true })
+    assert.equal(hash.pick_except(plain, refusing(), nil, "one").key, order[1])
+  end)
+
+  it("shares what refused servers cannot take among the others, and finds room as long as one is left", function()
+    local all = three()
+    local carried = held(bounded(all, 1), all, 30, refusing("127.0.0.1:8003"))
+    assert.same({ ["127.0.0.1:8001"] = 10, ["127.0.0.1:8002"] = 20, ["127.0.0.1:8003"] = 0 }, carried)
+    carried = held(bounded(all, 1), all, 30, refusing("127.0.0.1:8003", "127.0.0.1:8001"))
+    assert.equal(30, carried["127.0.0.1:8002"])
+  end)
+
+  it("holds a warming server to the share of its ramp", function()
+    local ramp = { epoch = 1, duration = 100, curve = 1, floor = 0.1, held = false, since = 0 }
+    local all = { server("warm", 1), server("cold", 1, { ramp = ramp }) }
+    local state = bounded(all, 1)
+    hash.reweigh(state, 25)
+    assert.is_true(held(state, all, 100).cold <= 20)
+  end)
+
+  it("is without effect on the plain hash", function()
+    local all = three()
+    assert.same(mapping(hash, all, {}), mapping(hash, all, { bound = 1 }))
   end)
 end)
 

@@ -157,4 +157,24 @@ describe("round robin", function()
     local state = round_robin.new(list, nil, math.random)
     assert.is_true(math.abs(count(state, 1000).cold - 200) <= 1)
   end)
+
+  it("goes on after a pick that was made for it as if it had been its own", function()
+    local list = servers({ a = 3, b = 3, c = 1 })
+    for forced = 1, 3 do
+      local state = round_robin.new(list, nil, middle)
+      local counts = { a = 0, b = 0, c = 0 }
+      for turn = 1, 70 do
+        local server = list[forced]
+        if turn % 35 == 1 then
+          round_robin.take(state, server)
+        else
+          server = round_robin.pick(state)
+        end
+        counts[server.key] = counts[server.key] + 1
+      end
+      assert.near(30, counts.a, 1)
+      assert.near(30, counts.b, 1)
+      assert.near(10, counts.c, 1)
+    end
+  end)
 end)
