@@ -13,15 +13,16 @@ local base = require("resty.core.base")
 require("resty.core.misc")
 require("resty.core.response")
 require("ngx.balancer")
+local cookies = require("headgate.cookies")
 local ejection = require("headgate.ejection")
+local ewma = require("headgate.methods.ewma")
+local first_picks = require("headgate.first_picks")
 local native = require("headgate.native")
-local key_template = require("headgate.key")
 local outcome = require("headgate.outcome")
-local round_robin = require("headgate.methods.round_robin")
 local stats = require("headgate.stats")
 local store = require("headgate.store")
 local system = require("headgate.system")
-local table_format = require("headgate.table")
+local Upstream = require("headgate.upstream")
 
 -- resty.core declares it only inside a function of its own.
 ffi.cdef([[int headgate_response_status(ngx_http_request_t *r) __asm__("ngx_http_lua_ffi_get_resp_status");]])
@@ -33,7 +34,7 @@ local FFI_OK = base.FFI_OK
 local monotonic = system.monotonic
 local BEGUN, ENDED, FAILED, TIMEOUTS = stats.BEGUN, stats.ENDED, stats.FAILED, stats.TIMEOUTS
 local ERRORS, ANSWERED_COUNT, SECONDS = stats.ERRORS, stats.ANSWERED, stats.SECONDS
-local REFUSED_MARKS, epoch = stats.REFUSED_MARKS, stats.epoch
+local REFUSED_MARKS, EWMA, EWMA_AT = stats.REFUSED_MARKS, stats.EWMA, stats.EWMA_AT
 local NONE, TIMED_OUT, SERVER_ERROR, ANSWERED = outcome.NONE, outcome.TIMED_OUT, outcome.SERVER_ERROR, outcome.ANSWERED
 -- ngx_http_upstream_next() takes it for "no live upstreams": 502, no server touched, no error of Lua.
 local NO_LIVE_SERVER = -3
@@ -41,14 +42,7 @@ local NO_LIVE_SERVER = -3
 local SHORT = 0.1
 -- A table would have to be published between two instructions that often in a row.
 local MAX_LOADS = 16
-
--- Beside round robin. A hash that finds no primary leaves the backups to round robin, as nginx does.
-local METHODS = {
-  least_conn = { primary = require("headgate.methods.least_conn"), backup = require("headgate.methods.least_conn") },
-  hash = { primary = require("headgate.methods.hash"), backup = round_robin },
-  ip_hash = { primary = require("headgate.methods.ip_hash"), backup = round_robin },
-  random = { primary = require("headgate.methods.random"), backup = round_robin },
-}
+local choose = Upstream.choose
 
 local _M = {}
 
@@ -56,6 +50,7 @@ local state = store.state
 local error_pointer, status_pointer = ffi.new("char *[1]"), ffi.new("int[1]")
 
 local counts           -- this worker's slot
+local shared           -- what any worker may write (stats.lua)
 local loaded           -- the revision that `upstreams` holds, nil before the first
 local upstreams = {}
 local open = {}        -- request -> server that its present try is counted at
@@ -65,169 +60,13 @@ local tried_count = 0
 local children = {}    -- main request -> its subrequests, which end without a log phase
 local children_count = 0
 
--- A generator of our own: seeding math.random would disturb the user's Lua code.
-local seed = 0
-local function random()
-  seed = (seed * 1664525 + 1013904223) % 4294967296
-  return seed / 4294967296
-end
-
-local function address_of(server)
-  if server.ip:find(":", 1, true) and not server.ip:find("^unix:") then
-    return "[" .. server.ip .. "]"
-  end
-  return server.ip
-end
-
-local function new_server(described, upstream)
-  local address = address_of(described)
-  return {
-    key = described.key,
-    upstream = upstream,
-    written = described.address or described.key,
-    address = address,
-    port = described.port,
-    endpoint = (described.port == 0 and address or address .. ":" .. described.port):lower(),
-    weight = described.weight,
-    max_conns = described.max_conns,
-    cell = described.cell,
-    at = stats.cell_offset(described.cell),
-    shared = stats.shared_offset(described.cell),
-    ramp = described.ramp,
-    state = described.state,
-    eligible = table_format.eligible(described.state, upstream.fail_open),
-    ejected = false,
-  }
-end
-
--- The state that picks among `group` (primary or backup), going on from `previous`.
-local function new_state(upstream, group, previous)
-  local method = upstream.methods and upstream.methods[group] or round_robin
-  local servers = group == "primary" and upstream.primaries or upstream.backups
-  return method.new(servers, previous, random, upstream.options)
-end
-
-local function build(name, description, previous)
-  local upstream = {
-    name = name, fail_open = description.fail_open, outlier = description.outlier,
-    quarantine_ms = description.quarantine_ms, ejected = 0,
-    servers = {}, by_key = {}, primaries = {}, backups = {}, waiting = {}, limited = false,
-    methods = METHODS[description.method],
-    options = { all = {}, consistent = description.consistent, two = description.two },
-  }
-  if description.method == "hash" then
-    upstream.subject = key_template.compile(description.key)
-  elseif description.method == "ip_hash" then
-    upstream.subject = key_template.compile("$binary_remote_addr")
-  end
-  for _, path in ipairs(description.ignore_paths or {}) do
-    upstream.ignored = upstream.ignored or {}
-    upstream.ignored[path] = true
-  end
-  for _, described in ipairs(description.servers) do
-    local server = new_server(described, upstream)
-    table.insert(upstream.servers, server)
-    upstream.by_key[server.key] = server
-    if not described.backup then
-      table.insert(upstream.options.all, server)
-    end
-    if server.eligible then
-      table.insert(described.backup and upstream.backups or upstream.primaries, server)
-      upstream.limited = upstream.limited or server.max_conns > 0
-      if server.ramp and server.ramp.waiting then
-        server.start_key = store.start_key(name, server.key, server.ramp.epoch)
-        table.insert(upstream.waiting, server)
-      end
-    end
-  end
-  upstream.primary = new_state(upstream, "primary", previous and previous.primary)
-  upstream.backup = new_state(upstream, "backup", previous and previous.backup)
-  upstream.spare_tries = #upstream.primaries + #upstream.backups - 1
-  return upstream
-end
-
 local function load()
   local blob = store.current()
   local built = {}
   for name, description in pairs(blob and blob.upstreams or {}) do
-    built[name] = build(name, description, upstreams[name])
+    built[name] = Upstream.new(name, description, upstreams[name])
   end
   upstreams, loaded = built, blob and blob.revision
-end
-
-local function refresh_waiting(upstream)
-  for i = #upstream.waiting, 1, -1 do
-    local server = upstream.waiting[i]
-    if store.start_if_due(server.ramp, server.start_key) then
-      server.start_key = nil
-      table.remove(upstream.waiting, i)
-    end
-  end
-end
-
--- Brings the weights in `group` (primary or backup) up to date.
-local function reweigh(upstream, group)
-  if #upstream.waiting > 0 then
-    refresh_waiting(upstream)
-  end
-  if round_robin.reweigh(upstream[group], system.monotonic()) then
-    for _, server in ipairs(group == "primary" and upstream.primaries or upstream.backups) do
-      if server.ramp and not server.ramp.held then
-        server.ramp = nil
-      end
-    end
-    upstream[group] = new_state(upstream, group, upstream[group])
-  end
-end
-
--- The keys that the request being served has tried, or nil, and whether ejected servers may serve it; not arguments,
--- since a closure would end the JIT's trace.
-local excluded, ejected_serve
-
-local function is_refused(server)
-  return server.ejected and not ejected_serve
-    or excluded and excluded[server.key]
-    or server.max_conns > 0 and stats.load(server.cell) >= server.max_conns
-end
-
-local function load_of(server)
-  return stats.load(server.cell)
-end
-
-local function choose_among(upstream, methods)
-  if methods then
-    local subject = upstream.subject and upstream.subject()
-    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject)
-      or methods.backup.pick_except(upstream.backup, is_refused, load_of)
-  end
-  return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
-end
-
-local function choose(upstream, keys)
-  if upstream.epoch ~= epoch() or upstream.expires and monotonic() >= upstream.expires then
-    ejection.refresh(upstream, monotonic())
-  end
-  if #upstream.primary.ramping > 0 then
-    reweigh(upstream, "primary")
-  end
-  local methods = upstream.methods
-  if not keys and not upstream.limited and not methods and upstream.ejected == 0 then
-    local server = round_robin.pick(upstream.primary)
-    if server then
-      return server
-    end
-  end
-  if #upstream.backup.ramping > 0 then
-    reweigh(upstream, "backup")
-  end
-  excluded, ejected_serve = keys, false
-  local server = choose_among(upstream, methods)
-  if not server and upstream.ejected > 0 then
-    -- Rather an ejected server than none: the others may be full, or tried, or left the table since.
-    ejected_serve = true
-    server = choose_among(upstream, methods)
-  end
-  return server
 end
 
 -- The path that the client asked for.
@@ -254,6 +93,9 @@ local function pick(name, keys, request)
     if state:get("revision") == loaded then
       if server and server.start_key and not (upstream.ignored and upstream.ignored[path()]) then
         store.note_start(server.start_key)
+      end
+      if server and server.first_key then
+        first_picks.confirm(upstream.watch, server)
       end
       return server, not upstream, upstream
     end
@@ -297,6 +139,16 @@ local function judge(server, kind, own_mark, start, now)
   end
 end
 
+-- Notes how long a try took where the method wants to know.
+local function measure(server, kind, seconds, now)
+  local value, at = server.shared + EWMA, server.shared + EWMA_AT
+  -- A client that went away says only that there was no answer until then.
+  if kind ~= NONE or seconds > shared[value] then
+    shared[value] = ewma.observe(shared[value], shared[at], seconds, now, kind ~= ANSWERED)
+    shared[at] = now
+  end
+end
+
 -- Ends the count of a request's try: what it was (a kind of outcome.lua), the seconds until its answer, and whether the
 -- answer has a mark (as outcome.mark() says).
 local function release(request, server, kind, seconds, own_mark, now)
@@ -316,6 +168,9 @@ local function release(request, server, kind, seconds, own_mark, now)
     if kind == TIMED_OUT then
       count(server, TIMEOUTS)
     end
+  end
+  if server.upstream.measured and now then
+    measure(server, kind, seconds or now - start, now)
   end
   if own_mark ~= nil or kind ~= NONE and kind ~= ANSWERED then
     -- A count that never ends would be worse than a judgement that is missed.
@@ -411,6 +266,10 @@ function _M.balance(name)
     error("headgate: upstream " .. name .. ", server " .. server.key .. ": " .. ffi.string(error_pointer[0]))
   end
   open[request], began[request] = server, monotonic()
+  local sessions = upstream.sessions
+  if sessions and (keys or cookies.named(sessions) ~= server) then
+    cookies.set(sessions, server)
+  end
   if not keys then
     if upstream.spare_tries > 0 then
       C.ngx_http_lua_ffi_balancer_set_more_tries(pointer, upstream.spare_tries, error_pointer)
@@ -453,13 +312,14 @@ end
 function _M.start()
   local pid = ngx.worker.pid()
   native.start(pid)
-  seed = tonumber(system.random_hex(4), 16)
   local why
   counts, why = store.exclusive(function(seconds) system.pause(seconds * 1000) end, stats.claim, pid)
   if not counts then
     ngx.log(ngx.ERR, "headgate: worker ", pid, " balances natively, it got no slot of counters: ", why or "all taken")
     return
   end
+  shared = stats.shared()
+  Upstream.seed(tonumber(system.random_hex(4), 16))
   load()
 end
 

@@ -67,6 +67,16 @@ function _M.start_key(upstream, key, epoch)
   return "start:" .. #upstream .. ":" .. upstream .. ":" .. key .. ":" .. epoch
 end
 
+--- Key under which stands whether a ramp's server has had its first pick (first_picks.lua).
+function _M.first_key(upstream, key, epoch)
+  return "first:" .. #upstream .. ":" .. upstream .. ":" .. key .. ":" .. epoch
+end
+
+--- Key of the count of an upstream's picks (first_picks.lua).
+function _M.picks_key(upstream)
+  return "picks:" .. upstream
+end
+
 --- Starts a ramp that waits, if its first request has come at any worker; true when it runs.
 function _M.start_if_due(ramp, start_key)
   local moment = state:get(start_key)
@@ -144,15 +154,17 @@ local function assign_cells(new, old)
   return not full, forgiven
 end
 
+-- Returns the keys of ramps that are no longer in the table, as a set.
 local function assign_ramps(new, old, now)
-  local ramps, starts = {}, {}
+  local ramps, forgotten = {}, {}
   each_server(old, function(name, server)
     local ramp = server.ramp
     if ramp then
+      local start_key = _M.start_key(name, server.key, ramp.epoch)
       ramps[index_of(name, server.key)] = ramp
+      forgotten[start_key], forgotten[_M.first_key(name, server.key, ramp.epoch)] = true, true
+      forgotten[_M.picks_key(name)] = true
       if ramp.waiting then
-        local start_key = _M.start_key(name, server.key, ramp.epoch)
-        starts[start_key] = true
         _M.start_if_due(ramp, start_key)
       end
     end
@@ -160,14 +172,18 @@ local function assign_ramps(new, old, now)
   each_server(new, function(name, server)
     server.ramp = nil
     if type(server.warm_up) == "table" then
-      server.ramp = warm_up.ramp(server.warm_up, ramps[index_of(name, server.key)], now)
-      if server.ramp.waiting then
-        starts[_M.start_key(name, server.key, server.ramp.epoch)] = nil
-      end
+      local previous = ramps[index_of(name, server.key)]
+      local ramp = warm_up.ramp(server.warm_up, previous, now)
+      local same = previous and previous.epoch == ramp.epoch
+      ramp.base = same and previous.base or state:get(_M.picks_key(name)) or 0
+      server.ramp = ramp
+      forgotten[_M.start_key(name, server.key, ramp.epoch)] = nil
+      forgotten[_M.first_key(name, server.key, ramp.epoch)] = nil
+      forgotten[_M.picks_key(name)] = nil
     end
     server.warm_up = nil
   end)
-  return starts
+  return forgotten
 end
 
 --- Makes `document`, a valid table, the current one; `digest` names its text. The caller holds the lock, or is alone.
@@ -193,8 +209,8 @@ function _M.publish(document, digest)
   ejection.forgive(forgiven)
   assert(state:safe_set("revision", document.revision))
   blobs:delete("table:" .. old.revision)
-  for start_key in pairs(forgotten) do
-    state:delete(start_key)
+  for key in pairs(forgotten) do
+    state:delete(key)
   end
   return true
 end

@@ -79,9 +79,9 @@ def nginx_http(ips: list[str], backend: int, port: int, hook: str) -> str:
 
 
 @contextlib.contextmanager
-def haproxy(ips: list[str], backend: int, port: int) -> Iterator[int]:
+def haproxy(addresses: list[str], port: int, balance: str = "roundrobin") -> Iterator[int]:
     """HAProxy with one thread, pooled server connections and no logs; yields its pid."""
-    servers = "\n".join(f"  server s{i} {ip}:{backend} pool-max-conn -1" for i, ip in enumerate(ips))
+    servers = "\n".join(f"  server s{i} {address} pool-max-conn -1" for i, address in enumerate(addresses))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "haproxy.cfg"
         path.write_text(
@@ -89,7 +89,7 @@ def haproxy(ips: list[str], backend: int, port: int) -> Iterator[int]:
             "defaults\n  mode http\n  http-reuse always\n"
             "  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n"
             f"frontend in\n  bind 127.0.0.1:{port}\n  default_backend app\n"
-            f"backend app\n  balance roundrobin\n{servers}\n"
+            f"backend app\n  balance {balance}\n{servers}\n"
         )
         command = ["haproxy", "-db", "-f", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -138,7 +138,7 @@ def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
         lua = Nginx(nginx_http(ips, backend, ports[1], hook), workers=1)
         lua.snapshot.write_text(json.dumps(table(ips, backend)))
         stack.enter_context(lua)
-        proxy = stack.enter_context(haproxy(ips, backend, ports[2]))
+        proxy = stack.enter_context(haproxy([f"{ip}:{backend}" for ip in ips], ports[2]))
         targets = [
             Target("native nginx", ports[0], native.workers()[0]),
             Target("Lua plane", ports[1], lua.workers()[0]),
