@@ -196,11 +196,11 @@ def renumber(state: State) -> State:
     return state
 
 
-def finish(state: State, event: StepDone, now: float) -> State:
+def finish(state: State, event: StepDone, now: float) -> tuple[State, list[Effect]]:
     """Take note of what an adapter did. A report for a step that is not running is old, and changes nothing."""
     change = state.changes.get(event.change)
     if change is None or change.steps[event.step].state is not StepState.RUNNING:
-        return state
+        return state, []
     step = change.steps[event.step]
     step = replace(step, state=StepState.DONE, ended=now, detail=event.detail, master=event.master or step.master)
     steps = _with(change.steps, event.step, step)
@@ -208,8 +208,8 @@ def finish(state: State, event: StepDone, now: float) -> State:
         steps = _skip(steps, step.server, "not needed", now, only=StepName.KILL)
     state = _put(state, replace(change, steps=steps))
     if step.name is StepName.START and _has(state, change, step.server):
-        state = peers.started(state, change.upstream, step.server)
-    return state
+        return peers.started(state, change.upstream, step.server)
+    return state, []
 
 
 def fail(state: State, event: StepFailed, now: float) -> State:

@@ -1,4 +1,4 @@
-"""Verdicts from probe results: rise and fall.
+"""Verdicts from probe results: rise and fall, or rise and suspicion.
 
 A result resets the opposite counter, so that interleaved passes and failures trip neither threshold.
 """
@@ -10,10 +10,11 @@ from dataclasses import replace
 from controller.core.model import Health, HealthPolicy, Peer
 
 
-def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy) -> Peer:
+def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy, phi: float | None = None) -> Peer:
     """The peer after one more result; the same object where nothing changes, which is the usual case.
 
-    Up needs `rise` passes in a row, down `fall` failures in a row. `reason` is kept as that of the last failure.
+    Up needs `rise` passes in a row. Down needs `fall` failures in a row, or, where the suspicion `phi` is known, one
+    and enough of that. `reason` is kept as that of the last failure.
     """
     if ok:
         passes = min(peer.passes + 1, policy.rise)
@@ -22,7 +23,8 @@ def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy) -> Peer:
         reason = "" if health is Health.UP else peer.reason
     else:
         fails = min(peer.fails + 1, policy.fall)
-        health, passes = (Health.DOWN if fails >= policy.fall else peer.health), 0
+        fallen = fails >= policy.fall if phi is None else phi >= policy.phi
+        health, passes = (Health.DOWN if fallen else peer.health), 0
     if (health, passes, fails, reason) == (peer.health, peer.passes, peer.fails, peer.reason):
         return peer
     return replace(peer, health=health, passes=passes, fails=fails, reason=reason)

@@ -477,6 +477,17 @@ class Readings:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """How many servers of an upstream serve by their own right, and how many would where it fails open (`able`); of
+    its primary ones that people want to serve (`wanted`), how many are `up`."""
+
+    serving: int = 0
+    able: int = 0
+    wanted: int = 0
+    up: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
 
@@ -486,6 +497,7 @@ class Group:
 
     upstream: Upstream
     peers: Mapping[str, Peer]
+    tally: Tally = Tally()
     fail_open: bool = False
     compared: Readings | None = None
     weighed: Readings | None = None
@@ -513,3 +525,4 @@ class State:
     config_error: str = ""
     configured: bool = False  # nginx.conf has been read in this life
     stored: Mapping[tuple[str, str], Peer] = field(default_factory=dict)  # of an earlier life, until nginx.conf is read
+    heartbeats: Mapping[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)  # passed probes, for accrual

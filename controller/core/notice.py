@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, health, peers, table
+from controller.core import change, ejection, health, peers, table
 from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
 from controller.core.model import Admin, Health, Quarantine, State
 
@@ -41,7 +41,7 @@ def online(state: State, event: OnlineNoticed, now: float) -> tuple[State, Outco
     group = change.group_of(state, event.upstream)
     effects: list[Effect] = []
     for key in change.resolve(group, (event.server,)):
-        peer = peers.forgiven(group.peers[key])
+        peer = ejection.forgive(group.peers[key], everything=True)
         text = f"{event.upstream}: {key} says that it is there again"
         effects += [Note("quarantine", text, event.upstream, key), ProbeNow(event.upstream, key)]
         if peer.admin is Admin.READY and key not in table.serving(group):

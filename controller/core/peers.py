@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import health, table, warmup
-from controller.core.events import Effect, Note, PeerSeen, ProbeResult
-from controller.core.model import Admin, Group, Health, Peer, State
+from controller.core import accrual, agent, ejection, flapping, health, table, warmup
+from controller.core.events import AgentSaid, Effect, Note, PeerSeen, ProbeResult
+from controller.core.model import Admin, Group, Health, Peer, Routing, State
 
 
 def probed(state: State, result: ProbeResult, now: float) -> tuple[State, list[Effect]]:
@@ -20,16 +20,55 @@ def probed(state: State, result: ProbeResult, now: float) -> tuple[State, list[E
     if group is None or before is None or before.admin is Admin.MAINT:
         return state, []  # it left, or went under maintenance, while the probe was under way
     reason = f"{result.reason}: {result.detail}" if result.detail else result.reason
-    peer = health.observe(before, result.ok, reason, group.upstream.policy.health)
+    policy = group.upstream.policy.health
+    suspects, name = policy.detector == "accrual", (result.upstream, result.server)
+    phi = accrual.suspicion(state.heartbeats.get(name, ()), now) if suspects and not result.ok else None
+    peer = health.observe(before, result.ok, reason, policy, phi)
+    if suspects and result.ok and peer.health is Health.UP:
+        known = state.heartbeats.get(name, ()) if before.health is Health.UP else ()
+        state = replace(state, heartbeats={**state.heartbeats, name: accrual.beat(known, now)})
     if peer is before:
         return state, []
     if peer.health is before.health:
-        return table.with_peer(state, result.upstream, result.server, peer), []
-    if peer.health is Health.UP and not (before.health is Health.UNKNOWN and before.incumbent):
-        cause = "recovered" if before.health is Health.DOWN else "new"
-        state, peer = _warm(state, group, peer, cause, now)
-    state = table.with_peer(state, result.upstream, result.server, peer)
-    return state, _health_notes(state, result, peer, group.fail_open)
+        state = table.with_peer(state, result.upstream, result.server, peer)
+        return state, _pseudo_dead(group, result.server, before, peer)
+    after = f"after {peer.fails} failures" if phi is None else f"with phi {phi:.1f}"
+    return _turned(state, result.upstream, result.server, peer, after, now)
+
+
+def agent_said(state: State, event: AgentSaid, now: float) -> tuple[State, list[Effect]]:
+    """Follow a backend's own words. A change of its load alone is no event."""
+    name, key = event.upstream, event.server
+    group = state.groups.get(name)
+    before = group.peers.get(key) if group else None
+    if group is None or before is None:
+        return state, []
+    said, unknown = agent.said(before.agent, event.words)
+    effects: list[Effect] = []
+    if unknown:
+        effects.append(
+            Note("agent", f"{name}: the agent of {key} says what nobody knows: {' '.join(unknown)}", name, key)
+        )
+    if said == before.agent:
+        return state, effects
+    peer = replace(before, agent=said)
+    if bool(said.down) is not bool(before.agent.down):
+        peer, notes = _damped(group, key, peer, now)
+        effects += notes
+    server = next(each for each in group.upstream.servers if each.key == key)
+    returns = table.routing_of(server, peer) is Routing.UP is not table.routing_of(server, before)
+    if returns and peer.health is Health.UP:
+        state, peer = _warm(state, group, peer, "recovered" if before.agent.down else "undrained", now)
+    state = table.with_peer(state, name, key, peer)
+    if (said.admin, said.down, said.max_conns, said.weight <= 0) != (
+        before.agent.admin,
+        before.agent.down,
+        before.agent.max_conns,
+        before.agent.weight <= 0,
+    ):
+        text = f"{name}: {key} says of itself: {agent.describe(said)}; {table.count(state.groups[name])}"
+        effects.insert(0, Note("agent", text, name, key))
+    return state, effects
 
 
 def set_admin(state: State, upstream: str, key: str, admin: Admin, now: float) -> State:
@@ -58,11 +97,6 @@ def end_sessions(state: State, upstream: str, key: str) -> State:
     return table.with_peer(state, upstream, key, replace(state.groups[upstream].peers[key], sessions=False))
 
 
-def forgiven(peer: Peer) -> Peer:
-    """The peer without anything that keeps it away but its health and an operator's wish; nginx forgets as well."""
-    return replace(peer, quarantine=(), ejected=None, forgiven=peer.forgiven + 1)
-
-
 def warm_up(state: State, upstream: str, key: str, cause: str, now: float) -> State:
     """Begin a warm-up anew."""
     group = state.groups[upstream]
@@ -70,12 +104,22 @@ def warm_up(state: State, upstream: str, key: str, cause: str, now: float) -> St
     return table.with_peer(state, upstream, key, peer)
 
 
-def started(state: State, upstream: str, key: str) -> State:
+def started(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]:
     """A process was started: the server serves once the probes say so. One that serves already goes on."""
     group = state.groups[upstream]
     if key in table.serving(group):
-        return state
-    return table.with_peer(state, upstream, key, replace(health.forget(group.peers[key]), admin=Admin.READY))
+        return state, []
+    before = group.peers[key]
+    peer = ejection.forgive(before)
+    notes = ejection.forgiven(upstream, key, before, peer, "it was started anew")
+    return table.with_peer(state, upstream, key, replace(health.forget(peer), admin=Admin.READY)), notes
+
+
+def pardon(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]:
+    """An operator wants the server to serve: whatever it was sent away for is forgotten."""
+    before = state.groups[upstream].peers[key]
+    peer = ejection.forgive(before, everything=True)
+    return table.with_peer(state, upstream, key, peer), ejection.forgiven(upstream, key, before, peer, "it was enabled")
 
 
 def seen(state: State, reading: PeerSeen, now: float) -> State:
@@ -91,17 +135,20 @@ def seen(state: State, reading: PeerSeen, now: float) -> State:
 
 
 def tick(state: State, now: float) -> tuple[State, list[Effect]]:
-    """End the warm-ups and quarantines whose time has come."""
+    """End the warm-ups, quarantines and ejections whose time has come, and suspect who is silent for too long."""
     effects: list[Effect] = []
     for name, group in state.groups.items():
         for key, peer in group.peers.items():
             warm = warmup.advance(group.upstream.policy.warm_up, peer.warm_up, now)
-            kept = tuple(entry for entry in peer.quarantine if entry.until > now) if peer.quarantine else ()
-            if warm is peer.warm_up and len(kept) == len(peer.quarantine):
-                continue
             if warm is not peer.warm_up:
                 effects.append(Note("warm-up", f"{name}: {key} is warm", name, key))
-            state = table.with_peer(state, name, key, replace(peer, warm_up=warm, quarantine=kept))
+                state = table.with_peer(state, name, key, replace(peer, warm_up=warm))
+            if peer.quarantine or peer.ejected:
+                state, more = _expire(state, name, key, now)
+                effects += more
+            if peer.fails and group.upstream.policy.health.detector == "accrual":
+                state, more = _suspect(state, name, key, now)
+                effects += more
     return state, effects
 
 
@@ -113,26 +160,96 @@ def next_expiry(state: State) -> float | None:
     )
 
 
+def _expire(state: State, name: str, key: str, now: float) -> tuple[State, list[Effect]]:
+    before = state.groups[name].peers[key]
+    over = [entry for entry in before.quarantine if entry.until <= now]
+    peer = before
+    if over:
+        peer = replace(peer, quarantine=tuple(entry for entry in peer.quarantine if entry.until > now))
+    if flapping.resting(before) and not flapping.resting(peer):
+        peer = replace(peer, changed=(now,))
+    ejected = peer.ejected is not None and peer.ejected.until <= now
+    if ejected:
+        peer = replace(peer, ejected=None)
+    if over and not peer.quarantine and peer.health is Health.UP:
+        state, peer = _warm(state, state.groups[name], peer, "recovered", now)
+    state = table.with_peer(state, name, key, peer)
+    group = state.groups[name]
+    notes: list[Effect] = [
+        Note(
+            entry.kind if table.judged(entry) else "quarantine",
+            f"{name}: {key} has been away long enough ({entry.why}); {table.count(group)}",
+            name,
+            key,
+        )
+        for entry in over
+    ]
+    return state, [*notes, ejection.ended(group, key)] if ejected else notes
+
+
+def _suspect(state: State, name: str, key: str, now: float) -> tuple[State, list[Effect]]:
+    peer, policy = state.groups[name].peers[key], state.groups[name].upstream.policy.health
+    phi = accrual.suspicion(state.heartbeats.get((name, key), ()), now)
+    if peer.health is not Health.UP or phi is None or phi < policy.phi:
+        return state, []
+    return _turned(state, name, key, replace(peer, health=Health.DOWN), f"with phi {phi:.1f}", now)
+
+
+def _turned(state: State, name: str, key: str, peer: Peer, after: str, now: float) -> tuple[State, list[Effect]]:
+    """The verdict on a peer has changed: damp it, warm it up, forgive it, and say so."""
+    group = state.groups[name]
+    before = group.peers[key]
+    effects: list[Effect] = []
+    if before.health is not Health.UNKNOWN and peer.admin is Admin.READY:
+        peer, effects = _damped(group, key, peer, now)
+    if peer.health is Health.UP and before.health is Health.DOWN and not flapping.resting(peer):
+        old, peer = peer, ejection.forgive(peer)
+        effects += ejection.forgiven(name, key, old, peer, "it was down and is up again")
+    served = before.health is Health.UNKNOWN and before.incumbent
+    if peer.health is Health.UP and not served and not peer.quarantine:
+        cause = "recovered" if before.health is Health.DOWN else "new"
+        state, peer = _warm(state, group, peer, cause, now)
+    state = table.with_peer(state, name, key, peer)
+    if not flapping.resting(before):
+        effects.insert(0, _health_note(state.groups[name], key, after))
+    return state, effects
+
+
+def _damped(group: Group, key: str, peer: Peer, now: float) -> tuple[Peer, list[Effect]]:
+    """Count a change of health; who flaps rests, unless no other server serves."""
+    name, policy = group.upstream.name, group.upstream.policy.health
+    rested, before = flapping.resting(peer), peer
+    peer = flapping.count(peer, policy, now)
+    if not flapping.too_often(peer, policy):
+        return peer, []
+    times = f"{len(peer.changed)} times within {policy.flap_window:g} s"
+    if rested or table.serves(group, without=key):
+        peer = flapping.rest(peer, policy, now)
+        text = f"it changed {times} and rests for {peer.quarantine[-1].until - now:g} s"
+    else:
+        rested = flapping.too_often(before, policy)  # was said before
+        text = f"it changed {times}, but no other server serves, so it stays"
+    return peer, [] if rested else [Note(flapping.KIND, f"{name}: {key} flaps: {text}", name, key)]
+
+
+def _pseudo_dead(group: Group, key: str, before: Peer, peer: Peer) -> list[Effect]:
+    """A note where the probes pass again and again while nginx keeps the server away."""
+    policy = group.upstream.policy
+    if peer.ejected is None or peer.health is not Health.UP or not before.passes < peer.passes == policy.health.rise:
+        return []
+    why = ejection.reason(peer.ejected, policy.outlier)
+    text = f"{group.upstream.name}: {key} is pseudo-dead: its probes pass, and nginx ejected it after {why}"
+    return [Note("pseudo-dead", text, group.upstream.name, key)]
+
+
 def _warm(state: State, group: Group, peer: Peer, cause: str, now: float) -> tuple[State, Peer]:
     warm = warmup.begin(group.upstream.policy.warm_up, state.next_epoch, cause, now)
     return replace(state, next_epoch=state.next_epoch + 1), replace(peer, warm_up=warm)
 
 
-def _health_notes(state: State, result: ProbeResult, peer: Peer, open_before: bool) -> list[Effect]:
-    name, key = result.upstream, result.server
-    group = state.groups[name]
-    count = f"{len(table.serving(group))} of {len(group.upstream.servers)} servers serving"
+def _health_note(group: Group, key: str, after: str) -> Note:
+    name, peer, policy = group.upstream.name, group.peers[key], group.upstream.policy
     if peer.health is Health.UP:
-        warming = (
-            f", warming up over {group.upstream.policy.warm_up.duration:g} s" if warmup.active(peer.warm_up) else ""
-        )
-        notes: list[Effect] = [Note("health", f"{name}: {key} is up{warming}; {count}", name, key)]
-    else:
-        notes = [
-            Note("health", f"{name}: {key} is down after {peer.fails} failures ({peer.reason}); {count}", name, key)
-        ]
-    if group.fail_open and not open_before:
-        notes.append(Note("fail-open", f"{name} fails open: no server is up, so those that are down serve", name))
-    if open_before and not group.fail_open:
-        notes.append(Note("fail-open", f"{name} no longer fails open", name))
-    return notes
+        warming = f", warming up over {policy.warm_up.duration:g} s" if warmup.active(peer.warm_up) else ""
+        return Note("health", f"{name}: {key} is up{warming}; {table.count(group)}", name, key)
+    return Note("health", f"{name}: {key} is down {after} ({peer.reason}); {table.count(group)}", name, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, notice, peers, table
+from controller.core import change, ejection, notice, outlier, panic, peers, table
 from controller.core.events import (
     AdminWished,
     AgentSaid,
@@ -28,7 +28,7 @@ from controller.core.events import (
     TrafficSeen,
     WarmUpWished,
 )
-from controller.core.model import Admin, Change, Group, Peer, Plane, Quarantine, State, Step, Upstream, WarmUp
+from controller.core.model import Admin, Change, Group, Peer, Plane, State, Step, Upstream, WarmUp
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
@@ -36,6 +36,13 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
 
     Effects are ordered; each may be carried out after the state was stored, and again after a crash.
     """
+    before = state
+    state, outcome = _follow(state, event, now)
+    state, effects = panic.watch(before, state)
+    return state, replace(outcome, effects=(*outcome.effects, *effects)) if effects else outcome
+
+
+def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
     effects: list[Effect]
     reading: PeerSeen | None = None
     match event:
@@ -44,6 +51,12 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, effects = peers.probed(state, event, now)
             if state is before:  # the usual case by far
                 return state, Outcome()
+        case AgentSaid():
+            state, effects = peers.agent_said(state, event, now)
+        case TrafficSeen():
+            state, effects = ejection.mirror(state, event, now)
+            state, more = outlier.compare(state, event, now)
+            effects += more
         case PeerSeen():
             state, effects, reading = peers.seen(state, event, now), [], event
         case Ticked():
@@ -53,14 +66,14 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case PlaneLost():
             state, effects = _plane_lost(state, event)
         case StepDone():
-            state, effects = change.finish(state, event, now), []
+            state, effects = change.finish(state, event, now)
         case StepFailed():
             state, effects = change.fail(state, event, now), []
         case ChangeWished():
             return change.begin(state, event, now)
         case AdminWished():
             state, effects = _admin_wished(state, event, now)
-        case TrafficSeen() | AgentSaid() | WarmUpWished():
+        case WarmUpWished():
             effects = []
         case OfflineNoticed():
             return notice.offline(state, event, now)
@@ -81,6 +94,7 @@ def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
     notes: list[Effect] = []
     if before.boot and before.boot != event.boot:
         notes.append(Note("plane", f"nginx was restarted; it serves revision {event.revision}"))
+        state = ejection.clear(state)
     elif before.error:
         notes.append(Note("plane", f"nginx answers; it serves revision {event.revision}"))
     # Revisions go on from what nginx reports: a daemon that lost its store must not fall behind it.
@@ -105,6 +119,9 @@ def _admin_wished(state: State, event: AdminWished, now: float) -> tuple[State, 
         if state.groups[event.upstream].peers[key].admin is not event.admin:
             state = peers.set_admin(state, event.upstream, key, event.admin, now)
             effects.append(Note("admin", f"{event.upstream}: {key} is now {event.admin}", event.upstream, key))
+        if event.admin is Admin.READY:
+            state, more = peers.pardon(state, event.upstream, key)
+            effects += more
     return state, effects
 
 
@@ -123,7 +140,7 @@ def _config_read(state: State, event: ConfigRead) -> tuple[State, list[Effect]]:
                 effects.append(Note("config", f"{name}: {key} is gone from nginx.conf", name, key))
     for name in state.groups.keys() - groups.keys():
         effects.append(Note("config", f"upstream {name} is gone from nginx.conf, or has lost its hook", name))
-    state = replace(table.with_groups(state, groups), config_error="", configured=True, stored={})
+    state = replace(table.with_groups(state, groups), config_error="", configured=True, stored={}, heartbeats={})
     return state, effects + (change.resume(state) if first else [])
 
 
@@ -163,7 +180,9 @@ def _shift_peer(peer: Peer, by: float) -> Peer:
     return replace(
         peer,
         warm_up=_shift_warm_up(peer.warm_up, by),
-        quarantine=tuple(Quarantine(entry.until + by, entry.why) for entry in peer.quarantine),
+        quarantine=tuple(replace(entry, until=entry.until + by) for entry in peer.quarantine),
+        ejected=replace(peer.ejected, until=peer.ejected.until + by) if peer.ejected else None,
+        changed=tuple(at + by for at in peer.changed),
     )
 
 

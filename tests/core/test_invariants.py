@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.core import table
 from controller.core.events import (
     AdminWished,
+    AgentSaid,
     ChangeWished,
     ConfigFailed,
     ConfigRead,
@@ -19,12 +22,36 @@ from controller.core.events import (
     StepDone,
     StepFailed,
     Ticked,
+    TrafficSeen,
 )
-from controller.core.model import Admin, ChangeKind, ChangeStatus, Master, Refused, Routing, State, StepState
+from controller.core.model import (
+    Admin,
+    ChangeKind,
+    ChangeStatus,
+    Ejection,
+    HealthPolicy,
+    Master,
+    OutlierPolicy,
+    Peer,
+    Policy,
+    Refused,
+    Routing,
+    State,
+    StepState,
+    Traffic,
+)
 from controller.core.step import step
-from tests.core.world import A, B, C, upstream
+from tests.core.world import POLICY, A, B, C, upstream
 
 KEYS = st.sampled_from([A, B, C])
+JUDGING = replace(
+    POLICY,
+    health=HealthPolicy(rise=1, fall=1, flaps=1, flap_hold=20, panic=0.5),
+    outlier=OutlierPolicy(interval=1, hosts=2, requests=1, success_rate=0.5, latency=1.5, max_ejected=1.0),
+)
+SUSPECTING = replace(POLICY, health=HealthPolicy(detector="accrual", phi=2))
+WORDS = st.sampled_from(["75% up", "0%", "100% ready up maxconn:5", "drain", "maint", "down#load", "up ready", "what"])
+COUNTERS = st.tuples(st.integers(0, 50), st.integers(0, 9), st.sampled_from(["errors", "mark", "", "", ""]))
 EVENTS = st.one_of(
     st.builds(ProbeResult, st.just("app"), KEYS, st.booleans(), st.sampled_from(["ok", "refused", "timeout"])),
     st.builds(AdminWished, st.just("app"), KEYS, st.sampled_from([Admin.READY, Admin.MAINT])),
@@ -35,23 +62,40 @@ EVENTS = st.one_of(
         st.lists(KEYS, min_size=1, max_size=3, unique=True).map(tuple),
         st.integers(1, 3),
     ),
+    st.builds(AgentSaid, st.just("app"), KEYS, WORDS),
+    st.dictionaries(KEYS, COUNTERS, min_size=1),
     st.builds(PlaneSeen, st.just("boot"), st.integers(0, 40)),
     st.builds(PlaneLost, st.just("gone")),
     st.builds(PeerSeen, st.just("app"), KEYS, st.integers(0, 40), st.integers(0, 2)),
     st.builds(StepDone, st.integers(1, 3), st.integers(0, 10), st.just(""), st.just(Master(7, 1.0, "python3"))),
     st.builds(StepFailed, st.integers(1, 3), st.integers(0, 10), st.just("no")),
-    st.builds(ConfigRead, st.integers(1, 3).map(lambda n: (upstream(n),))),
+    st.builds(
+        lambda n, policy: ConfigRead((upstream(n, policy=policy),)),
+        st.integers(1, 3),
+        st.sampled_from([POLICY, JUDGING, JUDGING, SUSPECTING]),
+    ),
     st.builds(ConfigFailed, st.just("broken")),
     st.builds(Ticked),
 )
+Counted = dict[str, tuple[int, int, str]]
 HISTORIES = st.lists(st.tuples(st.floats(0, 20), EVENTS), max_size=60)
+JUDGEMENTS = st.one_of(
+    st.builds(ProbeResult, st.just("app"), KEYS, st.booleans(), st.just("timeout")),
+    st.dictionaries(KEYS, COUNTERS, min_size=1),
+    st.builds(AgentSaid, st.just("app"), KEYS, WORDS),
+    st.builds(AdminWished, st.just("app"), KEYS, st.sampled_from([Admin.READY, Admin.MAINT])),
+)
+JUDGED = st.lists(st.tuples(st.floats(0, 20), JUDGEMENTS), min_size=10, max_size=100)
 
 
-def play(state: State, history: list[tuple[float, Event]], now: float = 0.0) -> list[tuple[State, float]]:
+def play(state: State, history: list[tuple[float, Event | Counted]], now: float = 0.0) -> list[tuple[State, float]]:
     """Every state of a history, with its time. A wish that is refused leaves the state as it was."""
     states = []
-    for wait, event in history:
+    for wait, happened in history:
         now += wait
+        if isinstance(happened, dict):  # it is read from an nginx that serves the newest table
+            state, _ = step(state, PlaneSeen("boot", state.revision), now)
+        event = _seen(happened, now) if isinstance(happened, dict) else happened
         try:
             # A report may name a step that there is not: adapters never do that, so such events are left out.
             if isinstance(event, StepDone | StepFailed):
@@ -65,31 +109,30 @@ def play(state: State, history: list[tuple[float, Event]], now: float = 0.0) -> 
     return states
 
 
-def start() -> State:
-    return play(State(), [(0.0, ConfigRead((upstream(),)))])[-1][0]
+def start(policy: Policy = POLICY) -> State:
+    return play(State(), [(0.0, ConfigRead((upstream(policy=policy),)))])[-1][0]
 
 
 @settings(max_examples=300)
 @given(HISTORIES)
 def test_health_never_empties_an_upstream_and_the_wishes_of_people_always_hold(
-    history: list[tuple[float, Event]],
+    history: list[tuple[float, Event | Counted]],
 ) -> None:
     for state, now in play(start(), history):
-        group = state.groups["app"]
-        weights = {s.key: table.effective_weight(group, s, now) for s in group.upstream.servers}
-        for server in group.upstream.servers:
-            peer = group.peers[server.key]
-            if peer.admin is not Admin.READY:
-                assert weights[server.key] == 0, "a draining peer gets nothing, whatever the probes say"
-        if any(group.peers[s.key].admin is Admin.READY for s in group.upstream.servers):
-            assert any(weights.values()), "health alone never empties an upstream"
-        assert group.fail_open == table.fails_open(group)
+        assert_nobody_is_forgotten(state, now)
+
+
+@settings(max_examples=300)
+@given(JUDGED)
+def test_nor_do_flapping_outliers_ejections_and_agents(history: list[tuple[float, Event | Counted]]) -> None:
+    for state, now in play(start(JUDGING), history):
+        assert_nobody_is_forgotten(state, now)
 
 
 @settings(max_examples=300)
 @given(HISTORIES)
-def test_guards_leave_a_server_in_traffic_unless_forced(history: list[tuple[float, Event]]) -> None:
-    for state, _ in play(start(), [h for h in history if not isinstance(h[1], ConfigRead)]):
+def test_guards_leave_a_server_in_traffic_unless_forced(history: list[tuple[float, Event | Counted]]) -> None:
+    for state, _ in play(start(), [h for h in history if not isinstance(h[1], ConfigRead | AgentSaid | dict)]):
         group = state.groups["app"]
         routes = {table.routing_of(s, group.peers[s.key]) for s in group.upstream.servers}
         assert routes & {Routing.UP, Routing.DOWN}, "an unforced wish never takes the last one"
@@ -98,7 +141,7 @@ def test_guards_leave_a_server_in_traffic_unless_forced(history: list[tuple[floa
 @settings(max_examples=200)
 @given(HISTORIES, st.integers(0, 60))
 def test_replaying_the_journal_from_any_midpoint_reaches_the_same_state(
-    history: list[tuple[float, Event]], middle: int
+    history: list[tuple[float, Event | Counted]], middle: int
 ) -> None:
     whole = play(start(), history)
     first = play(start(), history[:middle])
@@ -110,7 +153,9 @@ def test_replaying_the_journal_from_any_midpoint_reaches_the_same_state(
 
 @settings(max_examples=200)
 @given(HISTORIES)
-def test_revisions_only_grow_and_every_other_table_has_another_number(history: list[tuple[float, Event]]) -> None:
+def test_revisions_only_grow_and_every_other_table_has_another_number(
+    history: list[tuple[float, Event | Counted]],
+) -> None:
     before = start()
     for state, now in play(before, history):
         assert state.revision >= before.revision
@@ -122,7 +167,7 @@ def test_revisions_only_grow_and_every_other_table_has_another_number(history: l
 @settings(max_examples=200)
 @given(HISTORIES)
 def test_a_change_that_ended_has_no_open_step_and_one_server_is_in_one_change(
-    history: list[tuple[float, Event]],
+    history: list[tuple[float, Event | Counted]],
 ) -> None:
     for state, _ in play(start(), history):
         busy: list[str] = []
@@ -132,6 +177,43 @@ def test_a_change_that_ended_has_no_open_step_and_one_server_is_in_one_change(
             else:
                 assert not {s.state for s in change.steps} & {StepState.RUNNING, StepState.PENDING}
         assert len(busy) == len(set(busy))
+
+
+def assert_nobody_is_forgotten(state: State, now: float) -> None:
+    group = state.groups["app"]
+    weights = {s.key: table.effective_weight(group, s, now) for s in group.upstream.servers}
+    for server in group.upstream.servers:
+        peer = group.peers[server.key]
+        if peer.admin is not Admin.READY:
+            assert weights[server.key] == 0, "a draining peer gets nothing, whatever probes, agent and traffic say"
+    if any(wanted(peer) for peer in group.peers.values()):
+        assert any(weights.values()), "health, flapping and outliers alone never empty an upstream"
+    assert group.tally == table.tally(group)
+    assert group.fail_open == table.fails_open(group)
+
+
+def wanted(peer: Peer) -> bool:
+    """Whether people and the server itself want it to serve."""
+    ready = peer.admin is Admin.READY and peer.agent.admin is Admin.READY and peer.agent.weight > 0
+    return ready and all(entry.kind in ("flapping", "outlier") for entry in peer.quarantine)
+
+
+def _seen(counted: Counted, now: float) -> TrafficSeen:
+    """nginx's counters, which go on from where the time stands."""
+    return TrafficSeen(
+        "app",
+        "boot",
+        {
+            key: Traffic(
+                int(now) * 100 + requests,
+                answered=int(now) * 100 + requests,
+                errors=int(now) * errors,
+                seconds=now * errors,
+                ejected=Ejection(now + 9, reason, 1) if reason else None,
+            )
+            for key, (requests, errors, reason) in counted.items()
+        },
+    )
 
 
 def _still(state: State, now: float) -> object:
