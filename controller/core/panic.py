@@ -42,12 +42,13 @@ def _spare(state: State, name: str) -> tuple[State, list[Effect]]:
     effects: list[Effect] = []
     for server in group.upstream.servers:
         peer = group.peers[server.key]
-        judged = [entry for entry in peer.quarantine if table.judged(entry)]
+        if not peer.quarantine or peer.health is not Health.UP:
+            continue
         free = replace(peer, quarantine=tuple(entry for entry in peer.quarantine if not table.judged(entry)))
-        if judged and peer.health is Health.UP and table.routing_of(server, free) is Routing.UP:
+        if table.routing_of(server, free) is Routing.UP:
             state = table.with_peer(state, name, server.key, free)
             text = f"{name}: {server.key} comes back early, for no other server serves"
-            effects.append(Note(judged[0].kind, text, name, server.key))
+            effects.append(Note(peer.quarantine[0].kind, text, name, server.key))
     return state, effects
 
 

@@ -52,7 +52,7 @@ def agent_said(state: State, event: AgentSaid, now: float) -> tuple[State, list[
     if said == before.agent:
         return state, effects
     peer = replace(before, agent=said)
-    if bool(said.down) is not bool(before.agent.down):
+    if bool(said.down) is not bool(before.agent.down) and peer.health is Health.UP:
         peer, notes = _damped(group, key, peer, now)
         effects += notes
     server = next(each for each in group.upstream.servers if each.key == key)
@@ -200,7 +200,7 @@ def _turned(state: State, name: str, key: str, peer: Peer, after: str, now: floa
     group = state.groups[name]
     before = group.peers[key]
     effects: list[Effect] = []
-    if before.health is not Health.UNKNOWN and peer.admin is Admin.READY:
+    if before.health is not Health.UNKNOWN and peer.admin is Admin.READY and not peer.agent.down:
         peer, effects = _damped(group, key, peer, now)
     if peer.health is Health.UP and before.health is Health.DOWN and not flapping.resting(peer):
         old, peer = peer, ejection.forgive(peer)

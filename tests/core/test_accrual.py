@@ -22,6 +22,14 @@ def test_akka_phi_with_a_mean_of_1000_ms_and_a_deviation_of_100_ms(silence: floa
     assert accrual.phi(silence, 1000.0, 100.0) == pytest.approx(phi, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("intervals", "phi"), [(1, 0.3), (1.5, 1.6), (2, 4.7), (2.25, 7.3), (2.31, 8.0), (2.5, 10.8), (3, 21.2)]
+)
+def test_the_documented_suspicion_of_a_steady_server(intervals: float, phi: float) -> None:
+    steady = tuple(float(at) for at in range(20))
+    assert accrual.suspicion(steady, 19 + intervals) == pytest.approx(phi, abs=0.05)
+
+
 @pytest.mark.parametrize(("phi", "deviations"), [(1, 1.2816), (2, 2.3263), (3, 3.0902)])
 def test_hayashibara_one_wrong_suspicion_in_ten_to_the_phi(phi: float, deviations: float) -> None:
     assert accrual.phi(10.0 + deviations, 10.0, 1.0) == pytest.approx(phi, rel=0.03)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controller.core.events import ProbeResult
-from controller.core.model import Admin, Health, HealthPolicy, Warmth
+from controller.core import table
+from controller.core.events import AgentSaid, ProbeResult
+from controller.core.model import Admin, Health, HealthPolicy, Peer, Routing, Server, Warmth
+from controller.core.table import routing_of
 from tests.core.world import POLICY, A, B, C, World, upstream
 
 FLAPS = replace(POLICY, health=HealthPolicy(rise=1, fall=1, flaps=3, flap_window=60, flap_hold=30, flap_cap=100))
@@ -100,6 +104,18 @@ def test_it_can_be_switched_off() -> None:
     assert not world.peer(A).quarantine
 
 
+def test_an_agent_that_says_down_and_the_probe_that_finds_the_same_are_one_change() -> None:
+    world = world_up()
+    world.take(AgentSaid("app", A, "down"))
+    world.probe(A, ok=False)
+    world.take(AgentSaid("app", A, "up"))
+    world.probe(A)
+    assert len(world.peer(A).changed) == 2
+    for words in ("down", "up"):
+        world.take(AgentSaid("app", A, words))
+    assert world.serving() == (B, C), "an agent may flap as well"
+
+
 def test_planned_restarts_are_no_flapping() -> None:
     world = world_up()
     for _ in range(10):
@@ -124,7 +140,16 @@ def test_however_a_server_flaps_it_comes_and_goes_a_bounded_number_of_times(resu
         assert len(close) <= policy.flaps + 1
 
 
-def test_a_thousand_servers_that_flap_at_once_are_bounded_and_leave_none_empty() -> None:
+def test_a_thousand_servers_that_flap_at_once_are_bounded_and_leave_no_upstream_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged = Counter[str]()
+
+    def counted(server: Server, peer: Peer) -> Routing:
+        judged["servers"] += 1
+        return routing_of(server, peer)
+
+    monkeypatch.setattr(table, "routing_of", counted)
     world = World().configure(upstream(1000, policy=FLAPS))
     keys = [server.key for server in world.state.groups["app"].upstream.servers]
     for at in range(9):
@@ -135,6 +160,7 @@ def test_a_thousand_servers_that_flap_at_once_are_bounded_and_leave_none_empty()
             assert group.tally.serving or group.fail_open
     flapping = [note for note in world.notes if note.kind == "flapping"]
     assert len(flapping) <= 4 * len(keys)
+    assert judged["servers"] < 15 * len(world.journal), "what a result costs does not grow with its upstream"
 
 
 def world_up() -> World:

@@ -19,7 +19,7 @@ class Site:
     """A world with counters that only grow."""
 
     def __init__(self, count: int = 5, **outlier: float) -> None:
-        policy = replace(OUTLIERS, outlier=replace(OUTLIERS.outlier, **outlier))
+        policy = replace(OUTLIERS, outlier=replace(OUTLIERS.outlier, **outlier))  # type: ignore[arg-type]
         self.world = World().configure(upstream(count, policy=policy))
         self.totals = {f"127.0.0.1:{8001 + at}": Traffic() for at in range(count)}
         self.keys = list(self.totals)
