@@ -100,7 +100,8 @@ local function counters_body(only)
     end
     local body = stats.totals(server.cell)
     for counter, before in pairs(server.before) do
-      body[counter] = body[counter] - before
+      -- JSON rounds `seconds` to 14 digits.
+      body[counter] = math.max(0, body[counter] - before)
     end
     body.in_flight = stats.in_flight(server.cell, living.slots)
     body.warm_up = ramp_body(name, server, now)

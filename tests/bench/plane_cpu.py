@@ -59,12 +59,14 @@ def addresses(servers: int) -> list[str]:
 
 
 def table(ips: list[str], port: int) -> dict[str, object]:
-    """A table with these servers under equal weights."""
+    """A table with these servers under equal weights, and all that watches their answers."""
     servers = [
         {"key": f"{ip}:{port}", "ip": ip, "port": port, "weight": 1.0, "state": "up", "backup": False, "max_conns": 0}
         for ip in ips
     ]
-    upstream = {"method": "round_robin", "fail_open": False, "servers": servers}
+    outlier = {"errors": 5, "timeouts": 5, "server_errors": 5, "base_ms": 30000, "cap_ms": 300000, "max_ejected": 0.5}
+    watch = {"outlier": outlier, "quarantine_ms": 120000}
+    upstream = {"method": "round_robin", "fail_open": False, "servers": servers, **watch}
     return {"format": 1, "revision": 1, "upstreams": {"app": upstream}}
 
 

@@ -21,6 +21,7 @@ class Backend:
 
     `/hold` answers when released, `/stream` sends a first byte and ends when released, `/fail` answers 503, `/broken`
     closes the connection, `/accel` redirects internally to /static, `/websocket` echoes, all else answers the port.
+    `fault` makes it behave as on that path whatever is asked for, `headers` are added to its plain answers.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class Backend:
         self.key = f"127.0.0.1:{self.port}"
         self.requests = 0
         self.holding = 0
+        self.fault: str | None = None
+        self.headers: dict[str, str] = {}
         self.release = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
@@ -47,7 +50,7 @@ class Backend:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
-        path = request.path
+        path = self.fault or request.path
         if path == "/websocket":
             socket = web.WebSocketResponse()
             await socket.prepare(request)
@@ -72,7 +75,7 @@ class Backend:
             request.transport.abort()
         if path == "/accel":
             return web.Response(headers={"X-Accel-Redirect": "/static"})
-        return web.Response(status=503 if path == "/fail" else 200, text=str(self.port))
+        return web.Response(status=503 if path == "/fail" else 200, text=str(self.port), headers=self.headers)
 
 
 @contextlib.asynccontextmanager
@@ -177,6 +180,16 @@ class Edge:
 
     async def peer(self, backend: Backend) -> PeerCounters:
         return (await self.plane.counters("app")).upstreams["app"][backend.key]
+
+    async def said(self, backend: Backend) -> dict[str, Any]:
+        """A server's counters as nginx says them."""
+        answer = await self.plane._call("GET", "/v1/counters", upstream="app")
+        return dict(answer["upstreams"]["app"][backend.key])
+
+    async def ejected(self, backend: Backend) -> dict[str, Any] | None:
+        """Why and how long a server is ejected, or None."""
+        found: dict[str, Any] | None = (await self.said(backend))["ejected"]
+        return found
 
     async def settled(self, backend: Backend) -> PeerCounters:
         """The counters of a backend once nothing is in flight there."""

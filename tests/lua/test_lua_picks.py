@@ -138,6 +138,38 @@ async def test_a_warm_up_from_the_first_request_waits_for_it_whichever_worker_it
         assert started.warm_elapsed < again.warm_elapsed <= time.monotonic() - sent
 
 
+async def test_ignored_paths_do_not_begin_a_warm_up() -> None:
+    async with edge(1, workers=2, location="rewrite ^/old/ /app break;") as app:
+        backend = app.backends[0]
+        late = [server(backend.port, warm_up=warm_up(starts="first-request"))]
+        await app.publish(late, ignore_paths=["/healthz", "/old/healthz"])
+        for path in ("/healthz", "/healthz?full=1", "/old/healthz"):
+            await app.get(path)
+            assert not (await app.peer(backend)).warm_started
+        await app.get("/healthz/")
+        assert (await app.peer(backend)).warm_started
+
+
+async def test_a_warm_up_in_steps_is_a_stair() -> None:
+    async with edge(2) as app:
+        warm, cold = app.backends
+        stair = warm_up(duration_ms=600_000, elapsed_ms=290_000, steps=2, floor=0.01)
+        await app.publish([server(warm.port), server(cold.port, warm_up=stair)])
+        assert (await app.shares(90))[cold.port] in (29, 30, 31)
+
+
+@pytest.mark.parametrize("fail_open", [True, False])
+@pytest.mark.parametrize("state", ["waiting", "sessions"])
+async def test_servers_that_wait_or_keep_only_sessions_get_no_new_clients(state: str, fail_open: bool) -> None:
+    async with edge(2) as app:
+        up, other = app.backends
+        await app.publish([server(up.port), server(other.port, state=state)], fail_open=fail_open)
+        assert set(await app.shares(6)) == {up.port}
+        await app.publish([server(other.port, state=state)], fail_open=fail_open)
+        assert (await app.get())[0] == 502
+        assert other.requests == 0
+
+
 async def test_a_running_warm_up_is_not_set_back_by_a_table_unless_its_hold_or_epoch_changes() -> None:
     async with edge(1) as app:
         backend = app.backends[0]
