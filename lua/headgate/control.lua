@@ -2,6 +2,7 @@
 -- docs/data-plane.md describes every route and code.
 local cjson = require("cjson.safe")
 local ejection = require("headgate.ejection")
+local ewma = require("headgate.methods.ewma")
 local native = require("headgate.native")
 local stats = require("headgate.stats")
 local store = require("headgate.store")
@@ -84,7 +85,16 @@ local function ramp_body(name, server, now)
     store.start_if_due(ramp, store.start_key(name, server.key, ramp.epoch))
   end
   local elapsed = math.min(warm_up.elapsed(ramp, now), ramp.duration)
-  return { epoch = ramp.epoch, elapsed_ms = elapsed * 1000, started = not ramp.waiting }
+  return {
+    epoch = ramp.epoch, elapsed_ms = elapsed * 1000, started = not ramp.waiting,
+    picked = store.was_picked(name, server.key, ramp.epoch),
+  }
+end
+
+local function ewma_ms(cell, now)
+  local shared, at = stats.shared(), stats.shared_offset(cell)
+  local value = shared[at + stats.EWMA]
+  return value > 0 and 1000 * ewma.faded(value, shared[at + stats.EWMA_AT], now)
 end
 
 local function counters_body(only)
@@ -105,8 +115,7 @@ local function counters_body(only)
     end
     body.in_flight = stats.in_flight(server.cell, living.slots)
     body.warm_up = ramp_body(name, server, now)
-    local ewma = stats.shared()[stats.shared_offset(server.cell) + stats.EWMA]
-    body.ewma_ms = ewma > 0 and ewma * 1000 or cjson.null
+    body.ewma_ms = ewma_ms(server.cell, now) or cjson.null
     body.ejected = ejection.describe(server.cell, now) or cjson.null
     upstreams[name] = upstreams[name] or {}
     upstreams[name][server.key] = body

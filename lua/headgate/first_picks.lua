@@ -22,12 +22,10 @@ function _M.watch(name, servers, method_state)
   local waiting = {}
   for _, server in ipairs(servers) do
     server.first_key = nil
-    if server.ramp then
-      local key = store.first_key(name, server.key, server.ramp.epoch)
-      if not state:get(key) then
-        server.first_key = key
-        table.insert(waiting, { server = server, base = server.ramp.base })
-      end
+    local ramp = server.ramp
+    if ramp and not store.was_picked(name, server.key, ramp.epoch) then
+      server.first_key = store.first_key(name, server.key, ramp.epoch)
+      table.insert(waiting, { server = server, base = ramp.base })
     end
   end
   if #waiting == 0 then

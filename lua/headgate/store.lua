@@ -72,6 +72,11 @@ function _M.first_key(upstream, key, epoch)
   return "first:" .. #upstream .. ":" .. upstream .. ":" .. key .. ":" .. epoch
 end
 
+--- Has a ramp's server had its first pick?
+function _M.was_picked(upstream, key, epoch)
+  return state:get(_M.first_key(upstream, key, epoch)) == true
+end
+
 --- Key of the count of an upstream's picks (first_picks.lua).
 function _M.picks_key(upstream)
   return "picks:" .. upstream

@@ -128,9 +128,10 @@ function _M.new(name, description, previous)
   if type(description.sticky) == "table" then
     upstream.sessions = cookies.new(description.sticky, sessions)
   end
-  if not upstream.subject then
-    upstream.watch = first_picks.watch(name, upstream.primaries, upstream.primary)
-  end
+  -- First picks are noted for all, and promised where neither a key decides nor primaries go before.
+  local watch = first_picks.watch(name, upstream.primaries, upstream.primary)
+  first_picks.watch(name, upstream.backups, upstream.backup)
+  upstream.watch = not upstream.subject and watch or nil
   upstream.spare_tries = (upstream.sessions and #sessions or #upstream.primaries + #upstream.backups) - 1
   return upstream
 end

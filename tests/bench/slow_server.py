@@ -1,7 +1,8 @@
 """What one slow server costs: p99 of the response times with four servers, one of them ten times slower than the rest.
 
-The methods take turns within one run on the same servers, which wait 10 ms (the slow one 100 ms) and then answer. Needs
-nginx with the Lua module and wrk; HAProxy's rows are left out where it is not installed.
+The methods take turns within one run on the same servers, which wait 10 ms (the slow one 100 ms) and then answer, under
+eight connections: two requests in flight for each server. Needs nginx with the Lua module and wrk; HAProxy's rows are
+left out where it is not installed.
 
     python -m tests.bench.slow_server [SECONDS]
 """
@@ -64,7 +65,7 @@ def _http(ports: list[int], fronts: list[int]) -> str:
 
 
 def _wrk(name: str, port: int, seconds: int) -> Row:
-    command = ["wrk", "-t1", "-c16", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{port}/"]
+    command = ["wrk", "-t1", "-c8", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{port}/"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in told or "Socket errors" in told:
         raise RuntimeError(f"{name}: {told}")

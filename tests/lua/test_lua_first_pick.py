@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.lua.house import Edge, edge, server, warm_up
+from tests.lua.house import Edge, edge, eventually, server, warm_up
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
 
@@ -122,8 +122,7 @@ async def test_a_server_that_is_full_is_passed_over_and_picked_when_it_has_room(
         warm, one = app.backends
         await app.publish([server(one.port)])
         held = asyncio.create_task(app.get("/hold"))
-        while one.holding == 0:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await eventually(lambda: one.holding == 1, "the server is full")
         await app.publish([server(warm.port, weight=100), cold(one.port, 0.1, epoch=2) | {"max_conns": 1}])
         assert set(await order(app, 30)) == {warm.port}
         one.release.set()
