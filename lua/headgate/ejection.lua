@@ -1,9 +1,9 @@
 -- Ejections, which are seen by all workers at once: servers out of traffic for a while because their tries failed, or
 -- because they said in a response that they go offline. The rules are in outlier.lua, the numbers in stats.lua.
 --
--- `upstream` is balancer.lua's: of it are used `servers` (all of the table, each with `shared`, `eligible` and
--- `ejected`), `outlier`, `quarantine_ms` and `fail_open`; and kept here `epoch` (the state of ejections that `ejected`
--- of its servers stands for), `ejected` (their number) and `expires` (when the next one ends, or nil).
+-- `upstream` is one of upstream.lua. Used of it are `servers`, `outlier`, `quarantine_ms` and `fail_open`; kept here
+-- are `ejected` of each server, their number `ejected`, the `epoch` that both stand for (see stats.lua), and `expires`,
+-- when the next ejection ends, or nil.
 local lock = require("headgate.lock")
 local outcome = require("headgate.outcome")
 local outlier = require("headgate.outlier")
@@ -29,14 +29,15 @@ local STREAKS = {
 local MARKS_SHARE = 0.5
 
 local function exclusive(work, ...)
-  return lock.hold("ejections", 1, function(seconds) system.pause(seconds * 1000) end, work, ...)
+  return lock.hold("ejections", 0.25, function(seconds) system.pause(seconds * 1000) end, work, ...)
 end
 
 --- Brings `ejected` of an upstream's servers up to date.
 function _M.refresh(upstream, now)
   local shared = stats.shared()
-  -- Read before the ejections: one that comes now is seen as a change the next time.
+  -- Read before the ejections, as it is written behind them: one that comes now is seen as a change the next time.
   upstream.epoch = stats.epoch()
+  lock.barrier()
   upstream.ejected, upstream.expires = 0, nil
   for _, server in ipairs(upstream.servers) do
     local until_ = shared[server.shared + UNTIL]
@@ -85,6 +86,7 @@ local function eject(upstream, server, reason, now)
   end
   shared[at + REASON] = reason
   shared[at + UNTIL] = until_
+  lock.barrier()
   stats.next_epoch()
   return true
 end
@@ -134,18 +136,22 @@ function _M.mark(upstream, server, began, now)
   return (exclusive(believe, upstream, server, now))
 end
 
+local function forget(cells)
+  local now = system.monotonic()
+  for _, cell in ipairs(cells) do
+    stats.clear_shared(cell, now)
+  end
+  lock.barrier()
+  stats.next_epoch()
+  return true
+end
+
 --- Forgets everything about the servers of these cells.
 function _M.forgive(cells)
-  if #cells == 0 then
-    return
+  -- Where the lock's owner was killed inside, it is better to write without it than to leave this out.
+  if #cells > 0 and not exclusive(forget, cells) then
+    forget(cells)
   end
-  exclusive(function()
-    local now = system.monotonic()
-    for _, cell in ipairs(cells) do
-      stats.clear_shared(cell, now)
-    end
-    stats.next_epoch()
-  end)
 end
 
 --- What the counters say of a cell: {reason, remaining_ms, times}, or nil.

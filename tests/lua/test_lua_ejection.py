@@ -209,6 +209,17 @@ async def test_the_last_server_that_would_serve_is_never_ejected() -> None:
         assert await ask(app, 4) == [200] * 4
 
 
+async def test_the_bounds_hold_when_all_workers_eject_at_the_same_instant() -> None:
+    async with edge(4, workers=4) as app:
+        for backend in app.backends:
+            backend.fault = "/fail"
+        for turn in range(15):
+            await publish(app, forgive=turn, outlier=outlier(server_errors=1, max_ejected=1 if turn % 2 else 0.5))
+            await asyncio.gather(*(ask(app, 2) for _ in range(20)))
+            out = [backend for backend in app.backends if await app.ejected(backend)]
+            assert len(out) == (3 if turn % 2 else 2)
+
+
 async def test_a_lone_server_is_not_ejected() -> None:
     async with edge(1) as app:
         await publish(app)

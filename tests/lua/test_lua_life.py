@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -55,6 +56,28 @@ async def test_a_restarted_nginx_goes_on_from_the_snapshot_with_a_new_boot_id() 
         elapsed = (await app.peer(first)).warm_elapsed
         assert elapsed is not None
         assert 60 <= elapsed < 70
+
+
+async def test_a_reload_into_code_with_another_layout_of_memory_begins_from_the_snapshot() -> None:
+    async with edge(2, workers=2) as app:
+        first, second = app.backends
+        await app.publish([server(first.port), server(second.port, state="drain")])
+        await app.shares(3)
+        before = await app.plane.status()
+        code = app.nginx.prefix / "lua"
+        shutil.copytree(app.nginx.lua, code)
+        stats = code / "headgate" / "stats.lua"
+        changed = re.sub(r"(?m)^_M.LAYOUT = .*$", "_M.LAYOUT = 0", stats.read_text())
+        assert changed != stats.read_text()
+        stats.write_text(changed)
+        app.nginx.lua = code
+        app.nginx.write()
+        old = app.nginx.reload()
+        wait_until(lambda: not set(old) & set(app.nginx.workers()), "the old workers end")
+        after = await app.plane.status()
+        assert (after.revision, after.boot != before.boot) == (before.revision, True)
+        assert (await app.peer(first)).requests == 0
+        assert set(await app.shares(3)) == {first.port}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format":2}', "directory", "unreadable"])

@@ -172,16 +172,15 @@ async def test_a_late_answer_of_the_process_before_a_restart_does_not_mark_its_s
 
 
 async def test_a_mark_reaches_over_to_a_server_that_is_ejected_for_failures() -> None:
-    limits = {"errors": 0, "timeouts": 0, "server_errors": 1, "base_ms": 300, "cap_ms": 300, "max_ejected": 1}
+    limits = {"errors": 0, "timeouts": 0, "server_errors": 1, "base_ms": LONG, "cap_ms": LONG, "max_ejected": 1}
     async with edge(2, workers=1) as app:
         await publish(app, outlier=limits)
         leaving = app.backends[0]
         held = [asyncio.create_task(app.get("/hold")) for _ in range(2)]
         await eventually(lambda: leaving.holding == 1, "a request is held")
-        leaving.headers = {OFFLINE: "1"}
-        seen = leaving.requests
-        while leaving.requests == seen:
-            await app.get("/fail")
+        leaving.fault, leaving.headers = "/fail", {OFFLINE: "1"}
+        while not await app.ejected(leaving):
+            await app.get()
         await app.publish([server(each.port) for each in app.backends], quarantine_ms=LONG, outlier=limits)
         for each in app.backends:
             each.release.set()
