@@ -166,6 +166,35 @@ async def test_cookies_of_the_application_and_of_nginx_stay() -> None:
             assert sorted(names) == ["app", "nginx", "route", "router"]
 
 
+async def test_hiding_the_applications_cookies_leaves_that_of_the_session() -> None:
+    plain = free_port()
+    async with edge(1, location="proxy_hide_header Set-Cookie;") as app:
+        app.nginx.http += f'server {{ listen 127.0.0.1:{plain}; add_header Set-Cookie "app=1"; return 200 {plain}; }}'
+        app.nginx.write()
+        app.nginx.reload()
+        await app.publish([server(plain)], sticky=STICKY)
+        assert [cookie.partition("=")[0] for cookie in (await ask(app))[2]] == ["route"]
+
+
+async def test_a_response_from_the_cache_names_no_server() -> None:
+    def with_cache(include: str) -> str:
+        return include + "proxy_cache_path cache keys_zone=here:1m;"
+
+    async with edge(2, location="proxy_cache here; proxy_cache_valid 1m;", edit=with_cache) as app:
+        await app.publish([server(b.port) for b in app.backends], sticky=STICKY)
+        _, port, cookies = await ask(app)
+        assert len(cookies) == 1
+        for _ in range(4):
+            assert await ask(app) == (200, port, [])
+
+
+async def test_a_response_without_an_answer_names_the_server_that_was_tried_last() -> None:
+    async with edge(1) as app:
+        await app.publish([server(free_port()), server(free_port(), weight=3)], sticky=STICKY)
+        status, _, cookies = await ask(app)
+        assert (status, len(cookies)) == (502, 1)
+
+
 async def test_a_response_that_is_redirected_internally_has_one_cookie() -> None:
     async with edge(2, extra='location = /static { internal; return 200 "static"; }') as app:
         await app.publish([server(b.port) for b in app.backends], sticky=STICKY)

@@ -32,10 +32,11 @@ end
 -- The least loaded server that is not refused, the set of those that tie with it or nil, and its entry if it warms.
 -- `patient`: those that warm are left out until they are owed a pick.
 local function least_loaded(state, refused, load, patient)
+  local warming = #state.warming > 0
   local least, best, tied, best_entry = math.huge, nil, nil, nil
   for _, ring in ipairs(state.rings) do
     for _, server in ipairs(ring.servers) do
-      local entry = state.entry_of[server]
+      local entry = warming and state.entry_of[server]
       if not (patient and entry and entry.owed < 1) and not refused(server) then
         local relative = load(server) / ring.weight
         if relative < least or relative == least and entry and not best_entry then
