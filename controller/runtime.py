@@ -415,7 +415,8 @@ class Runtime:
         """Carry out one step of a change and report; whatever goes wrong fails the step, with its reason."""
         report: Event
         try:
-            report = await carry_out(job, self.state.groups.get(job.upstream), self._processes)
+            group = self.state.groups.get(job.upstream)
+            report = await carry_out(job, group, self._processes, self.clock.wall())
         except HeadgateError as error:
             report = StepFailed(job.change, job.step, str(error))
         except Exception as error:

@@ -1,16 +1,19 @@
-"""One step of a change, carried out by the process adapter. When, and what follows, is decided in core/change.py."""
+"""One step of a change, carried out by an adapter. When, and what follows, is decided in core/change.py."""
 
 from __future__ import annotations
 
+from uuid import uuid4
+
+from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep, StepDone
 from controller.core.model import Group, StepName
 from controller.ports import ProcessControl, ProcessError
 
 
-async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl) -> StepDone:
+async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl, at: float) -> StepDone:
     """Do it and report; ProcessError. Each may be repeated after a crash.
 
-    `group` is the job's upstream as it is now, None where nginx.conf has lost it.
+    `group` is the job's upstream as it is now, None where nginx.conf has lost it; `at` is seconds since the epoch.
     """
     server = next((s for s in group.upstream.servers if s.key == job.server), None) if group else None
     policy = group.upstream.policy.process if group else None
@@ -18,6 +21,9 @@ async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl
         message = f"{job.upstream}: {job.server} or its process settings are gone"
         raise ProcessError(message, "see `headgate status`")
     name, master = job.name, job.master
+    if name is StepName.NOTIFY and group:
+        notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
+        return StepDone(job.change, job.step, await notify(group.upstream.policy.notices, notice))
     if name is StepName.FIND:
         found = await processes.find(job.upstream, server, policy)
         text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
