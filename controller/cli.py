@@ -35,6 +35,9 @@ app = typer.Typer(
 
 _Upstream = Annotated[str, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)]
 _Server = Annotated[str, typer.Argument(help="The server's address as written in nginx.conf.", show_default=False)]
+_Only = Annotated[
+    str | None, typer.Option("--upstream", help="Only there; without it wherever the server is.", show_default=False)
+]
 _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")]
 _Wait = Annotated[bool, typer.Option("--wait", help="Wait until it has taken effect.")]
 _Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait, with --wait.")]
@@ -151,6 +154,45 @@ def maint(
     print(f"{upstream}: {server} is under maintenance; no new request reaches it (table {answer['revision']})")
     if wait:
         _until(client, upstream, server, timeout, "is empty", lambda each: each["in_flight"] == 0)
+
+
+@app.command("warm-up")
+def warm_up(context: typer.Context, upstream: _Upstream, server: _Server) -> None:
+    """Let a server warm up anew."""
+    client = _client(context)
+    answer = client.warm_up(upstream, server)
+    warming = any(each["warm_up"]["phase"] not in ("none", "done") for each in client.servers(upstream, server))
+    why = "warms up" if warming else "keeps its weight: warm-up is off, or no other server is warm"
+    print(f"{upstream}: {server} {why} (table {answer['revision']})")
+
+
+@app.command()
+def offline(
+    context: typer.Context,
+    server: _Server,
+    upstream: _Only = None,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0, max=600, metavar="SECONDS", help="Wait so long for requests under way.")
+    ] = 0,
+) -> None:
+    """Announce that a server goes offline: it gets no new request until its quarantine ends."""
+    answer = _client(context).offline(server, upstream, why="announced by hand", wait=wait)
+    for each in answer["servers"]:
+        left = f"{each['in_flight']} still under way" if each["in_flight"] else "none is under way"
+        print(f"{each['upstream']}: {each['server']} gets no new request (table {answer['revision']}); {left}")
+    for refused in answer["refused"]:
+        print(f"headgate: {refused}", file=sys.stderr)
+    if answer["refused"]:
+        raise typer.Exit(REFUSED)
+    if wait and not answer["drained"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def online(context: typer.Context, server: _Server, upstream: _Only = None) -> None:
+    """Announce that a server is there again: its quarantine ends and it is probed at once."""
+    answer = _client(context).online(server, upstream)
+    print(f"{server} is announced and probed (table {answer['revision']})")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import IO, Any
 
@@ -28,6 +28,12 @@ _COLOURS = {
     "failed": "red",
     "skipped": "dim",
     "pending": "dim",
+}
+_EJECTED = {
+    "errors": "failures in a row",
+    "timeouts": "timeouts in a row",
+    "server_errors": "5xx answers in a row",
+    "mark": "it marked itself offline",
 }
 
 
@@ -55,9 +61,10 @@ def serving(upstream: Json) -> str:
     servers = upstream["servers"]
     count = sum(server["effective_weight"] > 0 for server in servers)
     if upstream["fail_open"]:
-        return (
-            f"{upstream['name']}: no server is up, so the {count} of {len(servers)} that are down are tried (fail open)"
-        )
+        tried = f"{count} of {len(servers)}"
+        if any(server["health"] == "up" for server in servers):
+            return f"{upstream['name']}: too few servers are up, so health is ignored and {tried} serve (panic)"
+        return f"{upstream['name']}: no server is up, so the {tried} that are down are tried (fail open)"
     return f"{upstream['name']}: {count} of {len(servers)} servers serving"
 
 
@@ -132,7 +139,7 @@ def sentence(change: Json) -> Text:
 
 def event(record: Json) -> Text:
     """One event as a line."""
-    return Text.assemble((date(record["at"]), "dim"), "  ", (f"{record['kind']:<8}", "cyan"), "  ", record["text"])
+    return Text.assemble((date(record["at"]), "dim"), "  ", (f"{record['kind']:<11}", "cyan"), "  ", record["text"])
 
 
 def bar(share: float, cells: int = 10) -> str:
@@ -160,7 +167,7 @@ def date(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _upstream(upstream: Json) -> tuple[RenderableType, RenderableType]:
+def _upstream(upstream: Json) -> tuple[RenderableType, ...]:
     table = _table(
         *("SERVER", "ADMIN", "HEALTH", "WEIGHT", "WARM-UP"),
         *(("IN FLIGHT", "right"), ("REQUESTS", "right"), ("FAILURES", "right")),
@@ -179,16 +186,35 @@ def _upstream(upstream: Json) -> tuple[RenderableType, RenderableType]:
             f"#{server['change']}" if server["change"] else "",
         )
     healthy = not upstream["fail_open"] and all(server["effective_weight"] > 0 for server in upstream["servers"])
-    return Text(serving(upstream), "bold green" if healthy else "bold yellow"), table
+    notes = (Text(f"{each['address']}: {why}", "yellow") for each in upstream["servers"] for why in _notes(each))
+    return Text(serving(upstream), "bold green" if healthy else "bold yellow"), table, *notes
 
 
 def _health(server: Json) -> Text:
     text = Text(server["health"], _COLOURS[server["health"]])
     if server["reason"]:
         text.append(f" ({server['reason']})", "dim")
-    for entry in server["quarantine"]:
-        text.append(f" quarantined for {duration(entry['remaining'])}: {entry['why']}", "yellow")
     return text
+
+
+def _notes(server: Json) -> Iterator[str]:
+    """What a column is too narrow for: why a server does not get its share, whatever its health."""
+    for entry in server["quarantine"]:
+        yield f"quarantined for {duration(entry['remaining'])} more ({entry['kind']}): {entry['why']}"
+    if ejected := server["ejected"]:
+        why = _EJECTED.get(ejected["reason"], ejected["reason"])
+        times = "" if ejected["times"] < 2 else f", {ejected['times']} times by now"
+        yield f"ejected by nginx for {duration(ejected['remaining'])} more: {why}{times}"
+    if agent := server["agent"]:
+        words = [f"weight {agent['weight']:.0%}"] if agent["weight"] != 1 else []
+        words += [agent["admin"]] if agent["admin"] != "ready" else []
+        words += [agent["down"]] if agent["down"] else []
+        words += [f"at most {agent['max_conns']} requests at once"] if agent["max_conns"] else []
+        yield f"its agent says: {', '.join(words)}"
+    if server["warm_up"]["phase"] == "queued":
+        yield "waits for its turn to warm up: enough of the upstream is cold already"
+    if server["warm_up"]["phase"] == "held":
+        yield f"its warm-up holds: {server['warm_up']['why']}"
 
 
 def _weight(server: Json) -> str:
@@ -197,10 +223,11 @@ def _weight(server: Json) -> str:
 
 
 def _warm_up(warm_up: Json) -> str:
-    if warm_up["phase"] not in ("waiting", "running"):
+    phase = warm_up["phase"]
+    if phase not in ("queued", "waiting", "running", "held"):
         return ""
-    left = warm_up["duration"] - warm_up["elapsed"]
-    text = "waits for a request" if warm_up["phase"] == "waiting" else f"{duration(left)} left"
+    waits = {"queued": "queued", "waiting": "waits for a request", "held": "held"}
+    text = waits.get(phase) or f"{duration(warm_up['duration'] - warm_up['elapsed'])} left"
     return f"{bar(warm_up['share'])} {warm_up['share']:.0%} {text}"
 
 

@@ -56,6 +56,32 @@ class Client:
         path = f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/admin"
         return self._call("PUT", path, body={"admin": admin, "force": force})
 
+    def warm_up(self, upstream: str, server: str) -> Json:
+        """Let a server warm up anew; `{"revision"}` once nginx follows."""
+        return self._call("POST", f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/warm-up")
+
+    def offline(
+        self,
+        server: str,
+        upstream: str | None = None,
+        *,
+        id: str = "",
+        seconds: float | None = None,
+        why: str = "",
+        wait: float = 0,
+    ) -> Json:
+        """Announce that a server goes offline, in one upstream or in every one that has it.
+
+        Returns, once nginx sends it nothing more and up to `wait` seconds later, what it still has in flight:
+        `{"revision", "servers", "refused", "replayed", "drained"}`.
+        """
+        body = {"server": server, "upstream": upstream, "id": id, "seconds": seconds, "why": why, "wait": wait}
+        return self._call("POST", "/v1/offline", body=body, timeout=_TIMEOUT + wait)
+
+    def online(self, server: str, upstream: str | None = None) -> Json:
+        """Announce that a server is there again; `{"revision"}` once nginx follows."""
+        return self._call("POST", "/v1/online", body={"server": server, "upstream": upstream})
+
     def reread(self) -> Json:
         """Have nginx.conf read again now; `{"revision", "warnings"}` once nginx follows."""
         return self._call("POST", "/v1/config/read", timeout=_TIMEOUT + _READING)

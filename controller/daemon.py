@@ -116,7 +116,10 @@ class _Daemon:
             on_turn=lambda: self._ping(clock.now()),
         )
         token = read_token(Path(settings.api.token_file)) if settings.api.token_file else None
-        api = ApiServer(runtime, Path(settings.api.socket), settings.api.listen or None, token)
+        ready = settings.readiness
+        api = ApiServer(
+            runtime, Path(settings.api.socket), settings.api.listen or None, token, ready.listen or None, ready.warm
+        )
         stop = asyncio.Event()
         with _signals(
             {signal.SIGTERM: stop.set, signal.SIGINT: stop.set, signal.SIGHUP: lambda: self._reload(runtime)}
@@ -134,6 +137,8 @@ class _Daemon:
                 return 1
             tcp = f" and http://{api.address}" if api.address else ""
             log.info(f"headgate runs; its API is at {settings.api.socket}{tcp}")
+            if api.readiness_address:
+                log.info(f"readiness is answered at http://{api.readiness_address}")
             self._notifier.ready("serving")
             ended = [asyncio.ensure_future(event.wait()) for event in (stop, runtime.failed)]
             await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)

@@ -82,13 +82,7 @@ class Follower:
         """Read the counters once; of all upstreams, unless exactly one is named."""
         try:
             if len(upstreams) == 1:
-                counters = await self._plane.counters(upstreams[0])
-                self.counters = Counters(
-                    counters.boot,
-                    counters.revision,
-                    {**self.counters.upstreams, **counters.upstreams},
-                    {**self.counters.native, **counters.native},
-                )
+                counters = await self._read(upstreams[0])
             else:
                 counters = self.counters = await self._plane.counters()
         except (PlaneUnreachable, PlaneRefused) as error:
@@ -107,7 +101,7 @@ class Follower:
         """
         deadline = self._owner.clock.now() + seconds
         while True:
-            counters = await self._plane.counters(upstream)
+            counters = await self._read(upstream)
             seen = counters.upstreams.get(upstream, {})
             native = counters.native.get(upstream, 0)
             left = {key: seen[key].in_flight + native if key in seen else 0 for key in keys}
@@ -115,6 +109,17 @@ class Follower:
             if (current and not any(left.values())) or self._owner.clock.now() >= deadline:
                 return left
             await asyncio.sleep(DRAINING)
+
+    async def _read(self, upstream: str) -> Counters:
+        """The counters of one upstream, kept beside those that were read of the others."""
+        counters = await self._plane.counters(upstream)
+        self.counters = Counters(
+            counters.boot,
+            counters.revision,
+            {**self.counters.upstreams, **counters.upstreams},
+            {**self.counters.native, **counters.native},
+        )
+        return counters
 
     def _tell_of(self, name: str, group: Group, counters: Counters) -> None:
         servers: dict[str, Traffic] = {}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import pytest
 import typer.main
 
 from controller.cli import app
-from tests.support.house import APP, House
+from controller.core.model import WarmUpPolicy
+from tests.support.house import APP, POLICY, House
 
 FIRST, SECOND, THIRD = (server.key for server in APP.servers)
 DOCS = Path(__file__).parents[1] / "docs" / "command.md"
@@ -111,6 +113,44 @@ def test_enable_and_maint_wait_for_what_they_promise(house: House) -> None:
     assert (serves.returncode, serves.stdout.splitlines()[-1]) == (0, f"app: {FIRST} serves")
 
 
+def test_offline_and_online_say_what_nginx_does_and_offline_can_wait(house: House) -> None:
+    house.plane.busy[FIRST] = 2
+    done = headgate(house, "offline", FIRST)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"app: {FIRST} gets no new request \(table \d+\); 2 still under way\n", done.stdout)
+    assert headgate(house, "offline", FIRST, "--wait", "0.1").returncode == 1
+    house.plane.busy.clear()
+    done = headgate(house, "offline", FIRST, "--upstream", "app", "--wait", "20")
+    assert (done.returncode, done.stdout.split("; ")[1]) == (0, "none is under way\n")
+    shown = headgate(house, "status").stdout
+    assert "app: 2 of 3 servers serving" in shown
+    assert re.search(rf"^{FIRST}: quarantined for 1[\d.]+ s more \(notice\): announced by hand$", shown, re.MULTILINE)
+    done = headgate(house, "online", FIRST)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"{FIRST} is announced and probed \(table \d+\)\n", done.stdout)
+    house.until(house.settled)
+    assert "quarantined" not in headgate(house, "status").stdout
+
+
+def test_offline_of_the_last_server_is_refused_with_4(house: House) -> None:
+    for key in (FIRST, SECOND):
+        assert headgate(house, "offline", key).returncode == 0
+    refused = headgate(house, "offline", THIRD)
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert f"{THIRD}: no other server of app serves" in refused.stderr
+
+
+def test_warm_up_says_whether_there_is_anything_to_warm(house: House) -> None:
+    done = headgate(house, "warm-up", "app", FIRST)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"app: {FIRST} keeps its weight: warm-up is off, or no other server is warm" in done.stdout
+    warming = replace(POLICY, warm_up=WarmUpPolicy(duration=600, starts="healthy"))
+    house.source.config = replace(house.source.config, upstreams=(replace(APP, policy=warming),))
+    house.call(house.runtime.read_config())
+    assert f"app: {FIRST} warms up (table " in headgate(house, "warm-up", "app", FIRST).stdout
+    assert re.search(rf"^{FIRST} .* 10% \d+ min \d+ s left", headgate(house, "status").stdout, re.MULTILINE)
+
+
 def test_a_guard_refuses_with_4_and_force_insists(house: House) -> None:
     for key in (FIRST, SECOND):
         assert headgate(house, "maint", "app", key).returncode == 0
@@ -196,7 +236,7 @@ def test_following_survives_a_restart_of_the_daemon(tmp_path: Path) -> None:
 def test_events_are_lines_and_follow_goes_on(house: House) -> None:
     assert headgate(house, "maint", "app", FIRST).returncode == 0
     past = headgate(house, "events", "--limit", "1").stdout
-    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  admin     app: {FIRST} is now maint\n", past)
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d  admin        app: {FIRST} is now maint\n", past)
     following = subprocess.Popen(
         command(house.directory, "events", "--follow", "--json"), stdout=subprocess.PIPE, text=True
     )
@@ -290,6 +330,9 @@ def test_exit_codes_tell_usage_settings_and_an_absent_daemon_apart(house: House,
         ("rollout", "app", "--batch", "0%"),
         ("drain", "nope", FIRST),
         ("drain", "app", "10.9.9.9:1"),
+        ("offline", "10.9.9.9:1"),
+        ("online", FIRST, "--upstream", "nope"),
+        ("warm-up", "app", "10.9.9.9:1"),
         ("changes", "99"),
         ("restart", "named", "unix:/run/a b.sock", "--force"),
     ):
@@ -338,9 +381,9 @@ def test_version_needs_no_daemon(tmp_path: Path) -> None:
 def test_docs_name_every_command_with_every_option() -> None:
     group = typer.main.get_command(app)
     sections = dict(
-        re.findall(r"^### `headgate (\w+)[^\n]*\n(.*?)(?=^##|\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+        re.findall(r"^### `headgate ([\w-]+)[^\n]*\n(.*?)(?=^##|\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     )
-    headings = dict(re.findall(r"^### `headgate (\w+)([^\n]*)", DOCS.read_text(), re.MULTILINE))
+    headings = dict(re.findall(r"^### `headgate ([\w-]+)([^\n]*)", DOCS.read_text(), re.MULTILINE))
     commands = group.commands  # type: ignore[attr-defined]
     assert set(sections) == set(commands)
     for name, each in commands.items():

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
-import json
 import re
-from collections.abc import AsyncIterator, Coroutine
-from http import HTTPStatus
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Header, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controller.api import metrics, wire
 from controller.api.face import Runtime
+from controller.api.problems import Failed, answer_problems, problem
+from controller.api.readiness import add_readiness
 from controller.core.change import group_of, resolve
-from controller.core.events import AdminWished, ChangeWished
+from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, WarmUpWished
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Refused
-from controller.errors import HeadgateError
-from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable, StoreError
+from controller.core.notice import named
+from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 
 PUBLISH_SECONDS = 5.0
 """How long a call waits for nginx to serve what was wished."""
@@ -32,9 +32,11 @@ KEEP_ALIVE_SECONDS = 15.0
 """How long an event stream is silent before a comment shows that it lives."""
 MAX_WAIT_SECONDS = 60.0
 """The longest that one call may wait for news."""
+MAX_BODY = 1 << 20
+"""Bytes; the longest lists of servers take a small part of it."""
 
-_REFUSED = {"not_found": 404, "busy": 409, "guard": 409, "invalid": 422}
 _EVENT_STREAM = "text/event-stream"
+_OPEN = re.compile("/healthz|/readyz|/health|/readiness/.*", re.DOTALL)
 _EVENT_ID = re.compile(r"[0-9]{1,18}")
 
 _Upstream = Annotated[str, Path(description="The upstream's name in nginx.conf.")]
@@ -55,8 +57,11 @@ _ANY_ERROR: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastAPI:
-    """The whole API over this runtime. When `stopping` is set, waiting calls and event streams come to their end."""
+def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_when_warm: bool = False) -> FastAPI:
+    """The whole API over this runtime. When `stopping` is set, waiting calls and event streams come to their end.
+
+    With `ready_when_warm` /readiness says yes once a server's warm-up is over.
+    """
     stop = stopping or asyncio.Event()
     app = FastAPI(
         title="Headgate",
@@ -67,21 +72,23 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastA
         redirect_slashes=False,
         responses=_ANY_ERROR,
     )
-    _answer_errors(app)
+    app.add_middleware(Bounded)
+    answer_problems(app)
+    add_readiness(app, runtime, ready_when_warm)
     scraped = metrics.registry(runtime)
 
     @app.get("/healthz", tags=["daemon"])
     async def healthz() -> wire.Ready:
         """200 while the daemon does its work."""
         if not runtime.alive():
-            raise _Failed(503, "not_alive", "the runtime task does not take events", "restart the daemon")
+            raise Failed(503, "not_alive", "the runtime task does not take events", "restart the daemon")
         return wire.Ready()
 
     @app.get("/readyz", tags=["daemon"])
     async def readyz() -> wire.Ready:
         """200 when nginx serves what the daemon wants; else 503 with the reasons."""
         if problems := runtime.problems():
-            raise _Failed(503, "not_ready", "; ".join(problems), "`headgate status` and `headgate events` say more")
+            raise Failed(503, "not_ready", "; ".join(problems), "`headgate status` and `headgate events` say more")
         return wire.Ready()
 
     @app.get("/metrics", tags=["daemon"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -124,8 +131,62 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastA
             outcome = await runtime.wish(ChangeWished(ChangeKind.DRAIN, upstream, keys, len(keys), wish.force))
         else:
             outcome = await runtime.wish(AdminWished(upstream, server, wish.admin, wish.force))
-        await _published(runtime)
-        return wire.AdminAnswer(revision=runtime.state.revision, change=outcome.change)
+        return wire.AdminAnswer(revision=(await _followed(runtime)).revision, change=outcome.change)
+
+    @app.post("/v1/upstreams/{upstream}/servers/{server:path}/warm-up", tags=["servers"])
+    async def warm_up(upstream: _Upstream, server: _Server) -> wire.Followed:
+        """Let a server warm up anew; answers when nginx follows it."""
+        await runtime.wish(WarmUpWished(upstream, server))
+        return await _followed(runtime)
+
+    @app.post("/v1/offline", tags=["notices"])
+    async def offline(notice: wire.OfflineNotice) -> wire.OfflineAnswer:
+        """A server goes offline: it gets no new request. Answers when nginx follows, and with `wait` when it is empty.
+
+        Where no other server serves, an upstream keeps it (`refused`); that is an error where it is so in each.
+        """
+        quarantined: dict[str, tuple[str, ...]] = {}
+        refusals: list[Refused] = []
+        replayed = True
+        for upstream, key in named(runtime.state, notice.server, notice.upstream):
+            try:
+                outcome = await runtime.wish(OfflineNoticed(upstream, key, notice.id, notice.seconds, notice.why))
+            except Refused as refusal:
+                refusals.append(refusal)
+                continue
+            quarantined[upstream] = (*quarantined.get(upstream, ()), key)
+            replayed = replayed and outcome.replayed
+        if not quarantined:
+            raise refusals[0]
+        revision = (await _followed(runtime)).revision
+
+        async def emptied(seconds: float) -> list[dict[str, int]]:
+            work = (runtime.emptied(upstream, keys, revision, seconds) for upstream, keys in quarantined.items())
+            return await asyncio.gather(*work)
+
+        with _not_published():
+            if notice.wait:
+                await _unless(stop, emptied(notice.wait))
+            left = await emptied(0)
+        servers = [
+            wire.Emptying(upstream=upstream, server=key, in_flight=in_flight)
+            for upstream, keys in zip(quarantined, left, strict=True)
+            for key, in_flight in keys.items()
+        ]
+        return wire.OfflineAnswer(
+            revision=revision,
+            servers=servers,
+            refused=[refusal.message for refusal in refusals],
+            replayed=replayed,
+            drained=not refusals and not any(each.in_flight for each in servers),
+        )
+
+    @app.post("/v1/online", tags=["notices"])
+    async def online(notice: wire.OnlineNotice) -> wire.Followed:
+        """A server is there again: what kept it away ends, and it is probed at once."""
+        for upstream, key in named(runtime.state, notice.server, notice.upstream):
+            await runtime.wish(OnlineNoticed(upstream, key))
+        return await _followed(runtime)
 
     @app.post("/v1/config/read", tags=["daemon"])
     async def read_config() -> wire.ConfigAnswer:
@@ -133,9 +194,8 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastA
         try:
             config = await runtime.read_config()
         except ConfigError as error:
-            raise _Failed(422, "config", error.message, error.remedy) from error
-        await _published(runtime)
-        return wire.ConfigAnswer(revision=runtime.state.revision, warnings=list(config.warnings))
+            raise Failed(422, "config", error.message, error.remedy) from error
+        return wire.ConfigAnswer(revision=(await _followed(runtime)).revision, warnings=list(config.warnings))
 
     @app.post("/v1/changes", tags=["changes"], status_code=202)
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
@@ -185,10 +245,31 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None) -> FastA
     return app
 
 
+class Bounded:
+    """Refuses bodies that are longer than MAX_BODY, however they come."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        left = MAX_BODY
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the body is longer than {MAX_BODY} bytes", {"Connection": "close"})
+            return message
+
+        await self._app(scope, bounded, send)
+
+
 class Guarded:
     """The app as it is served over TCP: reading only, or with a token everything for those who hold it.
 
-    /healthz and /readyz never ask for the token: load balancers probe them.
+    /healthz, /readyz, /health and /readiness never ask for the token: load balancers and orchestrators probe them.
     """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
@@ -203,67 +284,31 @@ class Guarded:
     def _denial(self, scope: Scope) -> Response | None:
         if self._expected:
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if scope["path"] in ("/healthz", "/readyz") or hmac.compare_digest(given, self._expected):
+            if _OPEN.fullmatch(scope["path"]) or hmac.compare_digest(given, self._expected):
                 return None
             remedy = "send `Authorization: Bearer …` with the content of api.token_file"
-            return _error(401, "unauthorized", "this needs the token", remedy, {"WWW-Authenticate": "Bearer"})
+            return problem(401, "unauthorized", "this needs the token", remedy, {"WWW-Authenticate": "Bearer"})
         if scope["method"] in ("GET", "HEAD"):
             return None
-        return _error(
+        return problem(
             403, "read_only", "over TCP the API only answers reads", "use the unix socket, or set api.token_file"
         )
 
 
-class _Failed(HeadgateError):
-    def __init__(self, status: int, code: str, message: str, remedy: str) -> None:
-        super().__init__(message, remedy)
-        self.status = status
-        self.code = code
-
-
-def _answer_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return _error(_REFUSED[error.code], error.code, error.message, error.remedy)
-
-    @app.exception_handler(_Failed)
-    async def failed(_: Request, error: _Failed) -> Response:
-        return _error(error.status, error.code, error.message, error.remedy)
-
-    @app.exception_handler(StoreError)
-    async def store_failed(_: Request, error: StoreError) -> Response:
-        return _error(507, "store_failed", error.message, error.remedy)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        texts = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        return _error(422, "invalid", "; ".join(texts), "/openapi.json describes what is expected")
-
-    @app.exception_handler(HTTPException)
-    async def unroutable(request: Request, error: HTTPException) -> Response:
-        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _error(error.status_code, code, message, "/openapi.json lists what there is", dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return _error(
-            500, "internal", f"{type(error).__name__}: {error}", "please report this; the daemon's log says more"
-        )
-
-
-def _error(status: int, code: str, message: str, remedy: str, headers: dict[str, str] | None = None) -> Response:
-    body = wire.ErrorAnswer(error=wire.Problem.model_construct(code=code, message=message, remedy=remedy))
-    # Escaped, for a message may quote what was sent, and that need not be valid Unicode.
-    return Response(json.dumps(body.model_dump(warnings=False)), status, headers, "application/json")
-
-
-async def _published(runtime: Runtime) -> None:
+@contextlib.contextmanager
+def _not_published() -> Iterator[None]:
     try:
-        await runtime.published(PUBLISH_SECONDS)
+        yield
     except (PlaneUnreachable, PlaneRefused) as error:
         remedy = error.remedy or "the wish is recorded and nginx follows it as soon as it answers"
-        raise _Failed(503, "not_published", error.message, remedy) from error
+        raise Failed(503, "not_published", error.message, remedy) from error
+
+
+async def _followed(runtime: Runtime) -> wire.Followed:
+    """Wait until nginx serves everything that is decided."""
+    with _not_published():
+        await runtime.published(PUBLISH_SECONDS)
+    return wire.Followed(revision=runtime.state.plane.revision)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from controller.core.events import AdminWished, ChangeWished, Outcome
+from controller.core.events import (
+    AdminWished,
+    ChangeWished,
+    OfflineNoticed,
+    OnlineNoticed,
+    Outcome,
+    WarmUpWished,
+)
 from controller.core.model import State
 from controller.ports import Clock, Counters, EventRecord, NginxConfig, Store
 
@@ -41,7 +48,7 @@ class Runtime(Protocol):
     def data_plane(self) -> str:
         """`lua` or `reload`."""
 
-    async def wish(self, event: AdminWished | ChangeWished) -> Outcome:
+    async def wish(self, event: AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWished) -> Outcome:
         """Decide and store; Refused, StoreError."""
 
     async def read_config(self) -> NginxConfig:
@@ -49,6 +56,10 @@ class Runtime(Protocol):
 
     async def published(self, seconds: float) -> None:
         """Return when nginx serves the state's revision; PlaneUnreachable or PlaneRefused when it is not in time."""
+
+    async def emptied(self, upstream: str, keys: tuple[str, ...], revision: int, seconds: float) -> dict[str, int]:
+        """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after
+        `seconds`; PlaneUnreachable, PlaneRefused."""
 
     async def changed(self, after: int, seconds: float) -> int:
         """The version, as soon as it differs from `after`, or as it is when the seconds have passed."""

@@ -11,11 +11,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from controller.api.face import Runtime
-from controller.core.model import Admin, ChangeStatus, Health
+from controller.api.wire import UNSEEN
+from controller.core.model import Admin, ChangeStatus, Health, Warmth
 from controller.core.table import effective_weight
-from controller.ports import PeerCounters
-
-_UNSEEN = PeerCounters(in_flight=0, requests=0, failures=0)
 
 
 def registry(runtime: Runtime) -> CollectorRegistry:
@@ -47,7 +45,7 @@ class _Runtime(Collector):
     def _upstreams(self) -> Iterator[Metric]:
         failing = GaugeMetricFamily(
             "headgate_upstream_fail_open",
-            "Whether no server is up, so that those that are down serve.",
+            "Panic: whether too few servers are up, so that those that are down serve as well.",
             labels=["upstream"],
         )
         native = GaugeMetricFamily(
@@ -71,25 +69,46 @@ class _Runtime(Collector):
         streak = gauge("probe_streak", "Probe results in a row; a result of the other kind sets it to 0.", "result")
         weight = gauge("weight", "Weight as configured.")
         effective = gauge("effective_weight", "Weight that the balancer reckons with now; 0: no new requests.")
+        ejected = gauge("ejected", "Whether nginx keeps it away by itself.")
+        quarantined = gauge(
+            "quarantined", "Whether it is kept away for a time: by a notice or a mark, or by judgement."
+        )
+        queued = gauge("warm_up_queued", "Whether it waits for its turn to warm up.")
+        held = gauge("warm_up_held", "Whether its warm-up holds, for it errs or is slow.")
         in_flight = gauge("in_flight", "Requests that are under way.")
         requests = counter("requests", "Tries since nginx started.")
-        failures = counter("failures", "Failed tries since nginx started.")
+        answered = counter("answered", "Tries that were answered.")
+        errors = counter("errors", "Answers with a status of 5xx.")
+        failures = counter("failures", "Tries without an answer.")
+        timeouts = counter("timeouts", "Tries without an answer in time.")
+        seconds = counter("response_seconds", "Time until the answers began, summed over those that were answered.")
+        refused = counter("refused_marks", "Offline marks in its answers that were not believed.")
         now = self._runtime.clock.now()
         for name, group in self._runtime.state.groups.items():
             counters = self._runtime.counters.upstreams.get(name, {})
             for server in group.upstream.servers:
                 labels = [name, server.key]
-                peer, seen = group.peers[server.key], counters.get(server.key, _UNSEEN)
+                peer, seen = group.peers[server.key], counters.get(server.key, UNSEEN)
                 _set(admin, labels, list(Admin), peer.admin)
                 _set(health, labels, list(Health), peer.health)
                 streak.add_metric([*labels, "pass"], peer.passes)
                 streak.add_metric([*labels, "fail"], peer.fails)
                 weight.add_metric(labels, server.weight)
                 effective.add_metric(labels, effective_weight(group, server, now))
+                ejected.add_metric(labels, peer.ejected is not None)
+                quarantined.add_metric(labels, bool(peer.quarantine))
+                queued.add_metric(labels, peer.warm_up.phase is Warmth.QUEUED)
+                held.add_metric(labels, peer.warm_up.phase is Warmth.HELD)
                 in_flight.add_metric(labels, seen.in_flight)
                 requests.add_metric(labels, seen.requests)
+                answered.add_metric(labels, seen.answered)
+                errors.add_metric(labels, seen.errors)
                 failures.add_metric(labels, seen.failures)
-        yield from (admin, health, streak, weight, effective, in_flight, requests, failures)
+                timeouts.add_metric(labels, seen.timeouts)
+                seconds.add_metric(labels, seen.seconds)
+                refused.add_metric(labels, seen.refused_marks)
+        yield from (admin, health, streak, weight, effective, ejected, quarantined, queued, held)
+        yield from (in_flight, requests, answered, errors, failures, timeouts, seconds, refused)
 
 
 def _one(name: str, text: str, value: float) -> Metric:

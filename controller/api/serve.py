@@ -15,6 +15,7 @@ import uvicorn
 
 from controller.api.app import Guarded, create_app
 from controller.api.face import Runtime
+from controller.api.readiness import readiness_app
 from controller.errors import HeadgateError
 
 
@@ -26,36 +27,49 @@ class ApiServer:
     """Serves the API of a runtime.
 
     `path` is the unix socket (mode 0660; its directory is created, 0750, where it is missing); `listen` is `host:port`
-    or None; `token` guards TCP, without one TCP is for reading. `start` raises ListenError, also when another daemon
+    or None; `token` guards TCP, without one TCP is for reading. `readiness` is `host:port` for /readiness and /health
+    alone, or None; with `warm` a server is ready once it is warm. `start` raises ListenError, also when another daemon
     answers at the socket; `stop` ends event streams and waiting calls cleanly and removes the socket.
     """
 
-    def __init__(self, runtime: Runtime, path: Path, listen: str | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        path: Path,
+        listen: str | None = None,
+        token: str | None = None,
+        readiness: str | None = None,
+        warm: bool = False,
+    ) -> None:
         self._path = path
         self._listen = listen
+        self._readiness = readiness
         self._stopping = asyncio.Event()
-        self._app = create_app(runtime, self._stopping)
+        self._app = create_app(runtime, self._stopping, warm)
         self._guarded = Guarded(self._app, token)
+        self._readiness_app = readiness_app(runtime, warm)
         self._inode = 0
         self._tasks: list[asyncio.Task[None]] = []
         self.servers: list[_Server] = []
         self.address: str | None = None  #: `host:port` that TCP is served at, once started
+        self.readiness_address: str | None = None  #: the same of the second place
 
     async def start(self) -> None:
         """Bind everything, then serve."""
-        unix = bind_unix(self._path)
-        try:
+        with contextlib.ExitStack() as unbind:
+            unix = unbind.enter_context(bind_unix(self._path))
+            unbind.callback(self._path.unlink)
             self._inode = self._path.stat().st_ino
             servers = [(_Server(self._app, self._stopping), unix)]
             if self._listen:
-                tcp = bind_tcp(self._listen)
-                host, port = tcp.getsockname()[:2]
-                self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                tcp = unbind.enter_context(bind_tcp(self._listen))
+                self.address = _address(tcp)
                 servers.append((_Server(self._guarded, self._stopping), tcp))
-        except BaseException:
-            unix.close()
-            self._path.unlink()
-            raise
+            if self._readiness:
+                tcp = unbind.enter_context(bind_tcp(self._readiness, "readiness.listen"))
+                self.readiness_address = _address(tcp)
+                servers.append((_Server(self._readiness_app, self._stopping), tcp))
+            unbind.pop_all()
         self._tasks = [asyncio.create_task(server.serve([sock]), name="api") for server, sock in servers]
         self.servers = [server for server, _ in servers]
         await asyncio.gather(*(server.up.wait() for server in self.servers))
@@ -91,16 +105,15 @@ def bind_unix(path: Path) -> socket.socket:
     return sock
 
 
-def bind_tcp(listen: str) -> socket.socket:
-    """A bound TCP socket for `host:port`; ListenError."""
+def bind_tcp(listen: str, setting: str = "api.listen") -> socket.socket:
+    """A bound TCP socket for `host:port`, which this setting names; ListenError."""
     host, _, port = listen.rpartition(":")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         return _bound(socket.socket(family, kind, proto), address)
     except OSError as error:
-        remedy = (
-            "stop the other program, or change api.listen" if error.errno == errno.EADDRINUSE else "change api.listen"
-        )
+        taken = error.errno == errno.EADDRINUSE
+        remedy = f"stop the other program, or change {setting}" if taken else f"change {setting}"
         raise ListenError(f"the API cannot listen on {listen}: {error.strerror}", remedy) from error
 
 
@@ -115,6 +128,11 @@ def read_token(path: Path) -> str:
     if not token:
         raise ListenError(f"api.token_file {path} is empty", "write a long random word into it")
     return token
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _remove_stale(path: Path) -> None:

@@ -8,20 +8,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from controller.core import warmup
-from controller.core.model import Admin, ChangeKind, ChangeStatus, Group, Health, Server, State, StepState, Warmth
+from controller.core.model import (
+    Admin,
+    Agent,
+    ChangeKind,
+    ChangeStatus,
+    Group,
+    Health,
+    Peer,
+    Server,
+    State,
+    StepState,
+    Warmth,
+)
 from controller.core.table import effective_weight
-from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig
+from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig, PeerCounters
 
 MAX_ID = 2**63 - 1
 """The largest id that the store can hold."""
+UNSEEN = PeerCounters(in_flight=0, requests=0, failures=0)
+"""The counters of a server of which nginx has not spoken yet."""
 
 
 def _integral(value: object) -> object:
     """2.0 is an integer to JSON Schema."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _sentence(text: str) -> str:
+    """The text fit for one line of a log."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -57,6 +76,28 @@ class ChangeWish(BaseModel):
         return max(1, servers * int(self.batch.removesuffix("%")) // 100)
 
 
+class OnlineNotice(BaseModel):
+    """A server, as nginx.conf names it or by IP address and port; no upstream means every one that has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    server: Annotated[str, Field(min_length=1, max_length=512)]
+    upstream: str | None = None
+
+
+class OfflineNotice(OnlineNotice):
+    """A server goes offline. A notice whose `id` was heard before changes nothing.
+
+    It gets no traffic for `seconds`, without them as long as is configured; `wait` is how many seconds the answer may
+    wait for requests in flight.
+    """
+
+    id: Annotated[str, Field(max_length=200)] = ""
+    seconds: Annotated[float, Field(strict=True, gt=0, le=86400, allow_inf_nan=False)] | None = None
+    why: Annotated[str, Field(max_length=200), AfterValidator(_sentence)] = ""
+    wait: Annotated[float, Field(strict=True, ge=0, le=600, allow_inf_nan=False)] = 0
+
+
 # --- what is answered -------------------------------------------------------------------------------------------
 
 
@@ -81,25 +122,52 @@ class Ready(BaseModel):
 
 
 class WarmUpView(BaseModel):
-    """A slow start: seconds run of seconds in all, and the share of the full weight (0 to 1) that it gives now."""
+    """A slow start: seconds run of seconds in all, and the share of the full weight (0 to 1) that it gives now.
+
+    `why` says what is wrong while it is held.
+    """
 
     phase: Warmth
     elapsed: float
     duration: float
     share: float
+    why: str
 
 
 class QuarantineView(BaseModel):
-    """No traffic for so many seconds more, and why."""
+    """No traffic for so many seconds more, and why. `kind` is notice, mark, flapping or outlier."""
 
     remaining: float
     why: str
+    kind: str
+
+
+class AgentView(BaseModel):
+    """What a server's agent says: a factor for its weight, a wish, why it is down (empty: it is not), and the most
+    requests at once (0: as nginx.conf says)."""
+
+    weight: float
+    admin: Admin
+    down: str
+    max_conns: int
+
+
+class EjectedView(BaseModel):
+    """nginx itself keeps the server away, for so many seconds more; `reason` is errors, timeouts, server_errors or
+    mark, and it is for the `times`-th time."""
+
+    reason: str
+    remaining: float
+    times: int
 
 
 class ServerView(BaseModel):
     """A server as it is. `address` names it in every call: as written in nginx.conf, for a host name `name:port@ip`.
 
-    `requests` and `failures` count tries since nginx started; `change` is the unfinished change that it takes part in.
+    `requests` counts tries since nginx started: `answered` ones, `errors` of them with a 5xx, and `failures` without an
+    answer, `timeouts` of them. `response_time` is the mean of those that were answered, null where none was.
+    `agent` and `ejected` are null where there is nothing to say. `change` is the unfinished change that it takes part
+    in.
     """
 
     address: str
@@ -110,14 +178,20 @@ class ServerView(BaseModel):
     reason: str
     warm_up: WarmUpView
     quarantine: list[QuarantineView]
+    ejected: EjectedView | None
+    agent: AgentView | None
     in_flight: int
     requests: int
+    answered: int
+    errors: int
     failures: int
+    timeouts: int
+    response_time: float | None
     change: int | None
 
 
 class UpstreamView(BaseModel):
-    """An upstream and its servers; `fail_open`: none is up, so those that are merely down serve."""
+    """An upstream and its servers; `fail_open` (panic): too few are up, so those that are merely down serve as well."""
 
     name: str
     method: str
@@ -161,6 +235,30 @@ class AdminAnswer(BaseModel):
 
     revision: int
     change: int | None
+
+
+class Followed(BaseModel):
+    """nginx serves this table revision, which holds the wish."""
+
+    revision: int
+
+
+class Emptying(BaseModel):
+    """A server that gets no new request, and how many it still has."""
+
+    upstream: str
+    server: str
+    in_flight: int
+
+
+class OfflineAnswer(Followed):
+    """The notice is acknowledged. `refused` says where the server stays, for no other one serves there; `replayed`: it
+    was heard before; `drained`: no request is left anywhere, and none will come."""
+
+    servers: list[Emptying]
+    refused: list[str]
+    replayed: bool
+    drained: bool
 
 
 class ConfigAnswer(BaseModel):
@@ -267,7 +365,7 @@ def upstream(group: Group, state: State, counters: Counters, now: float) -> Upst
 def server(group: Group, configured: Server, state: State, counters: Counters, now: float) -> ServerView:
     """One server: the configured line, its living side and its counters."""
     peer = group.peers[configured.key]
-    seen = counters.upstreams.get(group.upstream.name, {}).get(configured.key)
+    seen = counters.upstreams.get(group.upstream.name, {}).get(configured.key, UNSEEN)
     policy = group.upstream.policy.warm_up
     return ServerView(
         address=configured.key,
@@ -281,13 +379,27 @@ def server(group: Group, configured: Server, state: State, counters: Counters, n
             elapsed=warmup.elapsed(peer.warm_up, now),
             duration=policy.duration,
             share=warmup.share(policy, peer.warm_up, now),
+            why=peer.warm_up.why,
         ),
-        quarantine=[QuarantineView(remaining=max(0.0, q.until - now), why=q.why) for q in peer.quarantine],
-        in_flight=seen.in_flight if seen else 0,
-        requests=seen.requests if seen else 0,
-        failures=seen.failures if seen else 0,
+        quarantine=[QuarantineView(remaining=max(0.0, q.until - now), why=q.why, kind=q.kind) for q in peer.quarantine],
+        ejected=_ejected(peer, now),
+        agent=None if peer.agent == Agent() else AgentView.model_validate(peer.agent, from_attributes=True),
+        in_flight=seen.in_flight,
+        requests=seen.requests,
+        answered=seen.answered,
+        errors=seen.errors,
+        failures=seen.failures,
+        timeouts=seen.timeouts,
+        response_time=seen.seconds / seen.answered if seen.answered else None,
         change=_change_of(state, group.upstream.name, configured.key),
     )
+
+
+def _ejected(peer: Peer, now: float) -> EjectedView | None:
+    if peer.ejected is None:
+        return None
+    left = max(0.0, peer.ejected.until - now)
+    return EjectedView(reason=peer.ejected.reason, remaining=left, times=peer.ejected.times)
 
 
 def change(record: ChangeRecord) -> ChangeView:

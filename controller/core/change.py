@@ -136,13 +136,13 @@ def resolve(group: Group, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def refuse_emptying(group: Group, keys: Sequence[str]) -> None:
+def refuse_emptying(group: Group, keys: Sequence[str], otherwise: str = "insist with --force") -> None:
     """Refused when taking these servers away leaves no server that serves, and one does now."""
     if table.serving(group) and not table.serving(group, without=keys):
         raise Refused(
             "guard",
             f"{', '.join(keys)}: no other server of {group.upstream.name} serves",
-            "bring another one up first, or insist with --force",
+            f"bring another one up first, or {otherwise}",
         )
 
 

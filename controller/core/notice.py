@@ -6,9 +6,35 @@ from dataclasses import replace
 
 from controller.core import change, ejection, health, peers, table
 from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
-from controller.core.model import Admin, Health, Quarantine, State
+from controller.core.model import Admin, Health, Quarantine, Refused, Server, State
 
 _HEARD = 8  # ids of notices that a peer remembers
+
+
+def named(state: State, server: str, upstream: str | None = None) -> tuple[tuple[str, str], ...]:
+    """The servers, as (upstream, key), that a backend means by its own address, in one upstream or in all.
+
+    It may be as written in nginx.conf or, for a backend that does not know how nginx calls it, IP address and port.
+    Refused when there is none.
+    """
+    groups = state.groups.values() if upstream is None else (change.group_of(state, upstream),)
+    found = tuple(
+        (group.upstream.name, each.key)
+        for group in groups
+        for each in group.upstream.servers
+        if server in (each.key, each.address, _socket(each))
+    )
+    if not found:
+        who = "no managed upstream has" if upstream is None else f"{upstream} has no"
+        known = ", ".join(dict.fromkeys(each.key for group in groups for each in group.upstream.servers)) or "none"
+        raise Refused("not_found", f"{who} server {server!r}", f"servers that are managed: {known}")
+    return found
+
+
+def _socket(server: Server) -> str:
+    if not server.port:
+        return server.ip
+    return f"[{server.ip}]:{server.port}" if ":" in server.ip else f"{server.ip}:{server.port}"
 
 
 def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Outcome]:
@@ -21,7 +47,7 @@ def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Out
     keys = change.resolve(group, (event.server,))
     if event.id and all(event.id in group.peers[key].heard for key in keys):
         return state, Outcome(replayed=True)
-    change.refuse_emptying(group, keys)
+    change.refuse_emptying(group, keys, "take it away with `headgate drain --force`")
     seconds = group.upstream.policy.quarantine.duration if event.seconds is None else event.seconds
     why = event.why or "it says that it goes offline"
     effects: list[Effect] = []

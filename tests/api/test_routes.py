@@ -57,11 +57,17 @@ def test_status_has_the_shape_of_the_design(client: Client) -> None:
         "admin": "ready",
         "health": "up",
         "reason": server(client, FIRST)["reason"],
-        "warm_up": {"phase": "none", "elapsed": 0.0, "duration": 0.0, "share": 1.0},
+        "warm_up": {"phase": "none", "elapsed": 0.0, "duration": 0.0, "share": 1.0, "why": ""},
         "quarantine": [],
+        "ejected": None,
+        "agent": None,
         "in_flight": 0,
         "requests": 100,
-        "failures": 1,
+        "answered": 98,
+        "errors": 4,
+        "failures": 2,
+        "timeouts": 1,
+        "response_time": 0.025,
         "change": None,
     }
 
@@ -260,6 +266,7 @@ def test_health_and_readiness_say_why_not(house: House) -> None:
 def test_metrics_follow_the_state(house: House, client: Client) -> None:
     house.plane.busy[FIRST] = 3
     client.set_admin("app", FIRST, "drain")
+    client.offline(SECOND)
     house.until(lambda: house.runtime.counters.upstreams["app"][FIRST].in_flight == 3)
     answer = requests.get(f"http://{house.api.address}/metrics", timeout=5)
     samples = {
@@ -270,12 +277,23 @@ def test_metrics_follow_the_state(house: House, client: Client) -> None:
     assert samples["headgate_revision",] == samples["headgate_plane_revision",] == client.status()["revision"]
     assert samples["headgate_config_ok",] == samples["headgate_plane_up",] == 1
     assert samples["headgate_server_effective_weight", FIRST, "app"] == 0
-    assert samples["headgate_server_effective_weight", SECOND, "app"] == 1
+    assert samples["headgate_server_effective_weight", SECOND, "app"] == 0
+    assert samples["headgate_server_effective_weight", THIRD, "app"] == 1
+    assert samples["headgate_server_quarantined", SECOND, "app"] == 1
+    assert samples["headgate_server_quarantined", FIRST, "app"] == 0
+    assert samples["headgate_server_ejected", FIRST, "app"] == 0
+    assert samples["headgate_server_warm_up_held", FIRST, "app"] == 0
+    assert samples["headgate_server_warm_up_queued", FIRST, "app"] == 0
     assert samples["headgate_server_admin", FIRST, "drain", "app"] == 1
     assert samples["headgate_server_admin", FIRST, "ready", "app"] == 0
     assert samples["headgate_server_in_flight", FIRST, "app"] == 3
     assert samples["headgate_server_requests_total", FIRST, "app"] == 100
-    assert samples["headgate_server_failures_total", FIRST, "app"] == 1
+    assert samples["headgate_server_answered_total", FIRST, "app"] == 98
+    assert samples["headgate_server_errors_total", FIRST, "app"] == 4
+    assert samples["headgate_server_failures_total", FIRST, "app"] == 2
+    assert samples["headgate_server_timeouts_total", FIRST, "app"] == 1
+    assert samples["headgate_server_response_seconds_total", FIRST, "app"] == 2.45
+    assert samples["headgate_server_refused_marks_total", FIRST, "app"] == 3
     assert samples["headgate_server_health", FIRST, "up", "app"] == 1
     assert samples["headgate_changes", "running"] == 1
 

@@ -78,6 +78,7 @@ class HeldPlane:
         self.revision = 0
         self.error = ""
         self.busy: dict[str, int] = {}
+        self.asked = threading.Event()  # set whenever the counters of one upstream were read
 
     async def status(self) -> PlaneStatus:
         await self._answer()
@@ -90,8 +91,11 @@ class HeldPlane:
 
     async def counters(self, upstream: str | None = None) -> Counters:
         await self._answer()
+        if upstream:
+            self.asked.set()
         names = [each for each in (APP, NAMED) if upstream in (None, each.name)]
-        seen = {u.name: {s.key: PeerCounters(self.busy.get(s.key, 0), 100, 1) for s in u.servers} for u in names}
+        counted = PeerCounters(0, 100, 2, answered=98, errors=4, timeouts=1, seconds=2.45, refused_marks=3)
+        seen = {u.name: {s.key: replace(counted, in_flight=self.busy.get(s.key, 0)) for s in u.servers} for u in names}
         return Counters("nginx", self.revision, seen)
 
     async def close(self) -> None:
@@ -168,12 +172,19 @@ class HeldSource:
 
 
 class House:
-    """Started by `with`; the API is at `socket`, and at `http://` + `address` where `listen` is given."""
+    """Started by `with`; the API is at `socket`, and at `http://` + `api.address` where `listen` is given."""
 
-    def __init__(self, directory: Path, listen: str | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        listen: str | None = None,
+        token: str | None = None,
+        readiness: str | None = None,
+        warm: bool = False,
+    ) -> None:
         self.directory = directory
         self.socket = directory / "run" / "api.sock"
-        self._listen, self._token = listen, token
+        self._served = (listen, token, readiness, warm)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="house")
 
@@ -231,7 +242,7 @@ class House:
             check_for=lambda _: Check(),
         )
         await self.runtime.start()
-        self.api = ApiServer(self.runtime, self.socket, self._listen, self._token)
+        self.api = ApiServer(self.runtime, self.socket, *self._served)
         await self.api.start()
         while not self.settled():
             await self.runtime.changed(self.runtime.version, 0.5)
