@@ -134,7 +134,8 @@ class Follower:
                 warm = (seen.warm_epoch, seen.warm_elapsed, seen.warm_started)
                 self._owner.post(PeerSeen(name, key, counters.revision, in_flight, *warm, requests=seen.requests))
         if servers != told or any(warmup.active(peer.warm_up) for peer in group.peers.values()):
-            self._traffic[name] = servers
+            # What is read while nginx lags behind our table may not be followed, so it is told again.
+            self._traffic[name] = servers if counters.revision >= self._owner.state.revision else {}
             self._owner.post(TrafficSeen(name, counters.boot, servers))
 
     async def _until_emptying(self, version: int) -> None:
