@@ -266,9 +266,8 @@ function _M.balance(name)
     error("headgate: upstream " .. name .. ", server " .. server.key .. ": " .. ffi.string(error_pointer[0]))
   end
   open[request], began[request] = server, monotonic()
-  local sessions = upstream.sessions
-  if sessions and (keys or cookies.named(sessions) ~= server) then
-    cookies.set(sessions, server)
+  if upstream.sessions and (keys or upstream.named ~= server) then
+    cookies.set(upstream.sessions, server)
   end
   if not keys then
     if upstream.spare_tries > 0 then

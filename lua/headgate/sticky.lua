@@ -6,8 +6,8 @@
 local _M = {}
 
 local function attributes_of(options)
-  local parts = { "; Path=" .. (options.path or "/") }
-  if (options.max_age or 0) > 0 then
+  local parts = { "; Path=" .. options.path }
+  if options.max_age > 0 then
     table.insert(parts, "; Max-Age=" .. string.format("%d", options.max_age))
   end
   if options.secure then
@@ -16,9 +16,7 @@ local function attributes_of(options)
   if options.http_only then
     table.insert(parts, "; HttpOnly")
   end
-  if options.same_site then
-    table.insert(parts, "; SameSite=" .. options.same_site)
-  end
+  table.insert(parts, "; SameSite=" .. options.same_site)
   return table.concat(parts)
 end
 

@@ -187,9 +187,11 @@ local function choose_among(upstream, methods)
   return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
 end
 
--- The server that must be picked whatever the method: the one of the request's session, or one that warms and is due.
+-- The server that must be picked whatever the method: the one of the request's session (`named`, whether it can serve
+-- or not), or one that warms and is due.
 local function choose_first(upstream)
   local server = upstream.sessions and cookies.named(upstream.sessions)
+  upstream.named = server
   if server and not is_refused(server) then
     return server
   end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.lua.house import Edge, edge, eventually, server, warm_up
@@ -39,6 +40,16 @@ async def keys(app: Edge) -> list[str]:
     """What nginx remembers of ramps and first picks."""
     found = (await app.get("/keys"))[1].split()
     return sorted(key for key in found if key.startswith(("first:", "picks:", "start:")))
+
+
+async def picked(app: Edge) -> dict[str, bool | None]:
+    """What the counters say of first picks, by server; None without a warm-up."""
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(app.nginx.socket))) as session,
+        session.get("http://nginx/v1/counters") as response,
+    ):
+        servers = (await response.json())["upstreams"]["app"]
+    return {key: each["warm_up"] and each["warm_up"]["picked"] for key, each in servers.items()}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -94,14 +105,28 @@ async def test_first_picks_are_remembered_for_as_long_as_their_ramp_and_cost_not
         await order(app, 4)
         assert await keys(app) == []
         await app.publish([entry, cold(one.port, 0.1)])
+        assert await picked(app) == {warm.key: None, one.key: False}
         await order(app, 11)
+        assert await picked(app) == {warm.key: None, one.key: True}
         assert await keys(app) == [f"first:3:app:{one.key}:1", "picks:app"]
         await app.publish([entry, cold(one.port, 0.2)])
         assert f"first:3:app:{one.key}:1" in await keys(app)
         await app.publish([entry, cold(one.port, 0.1, epoch=2)])
         assert await keys(app) == ["picks:app"]
+        assert (await picked(app))[one.key] is False
         await app.publish([entry, server(one.port)])
         assert await keys(app) == []
+
+
+@pytest.mark.parametrize("method", [{"method": "hash", "key": "$request_id"}, {"method": "ip_hash"}], ids=str)
+async def test_where_a_key_decides_first_picks_are_noted_and_not_forced(method: dict[str, Any]) -> None:
+    async with edge(1, workers=2, extra=KEYS) as app:
+        one = app.backends[0]
+        await app.publish([cold(one.port, 0.1)], **method)
+        assert await picked(app) == {one.key: False}
+        await order(app, 1)
+        assert await picked(app) == {one.key: True}
+        assert await keys(app) == [f"first:3:app:{one.key}:1"]
 
 
 async def test_what_was_picked_under_an_earlier_table_of_the_ramp_counts() -> None:

@@ -7,7 +7,7 @@ end
 local servers = { { key = "10.0.0.1:80" }, { key = "10.0.0.2:80" } }
 
 local function new(options)
-  local all = { cookie = "route", path = "/", secure = false, http_only = false, max_age = 0 }
+  local all = { cookie = "route", path = "/", secure = false, http_only = false, same_site = "Lax", max_age = 0 }
   for name, value in pairs(options or {}) do
     all[name] = value
   end
@@ -19,7 +19,7 @@ describe("a session cookie", function()
     local made = new()
     assert.equal("cookie_route", made.variable)
     assert.equal(servers[2], sticky.server(made, digest("10.0.0.2:80")))
-    assert.equal("route=" .. digest("10.0.0.1:80") .. "; Path=/", sticky.cookie(made, servers[1]))
+    assert.equal("route=" .. digest("10.0.0.1:80") .. "; Path=/; SameSite=Lax", sticky.cookie(made, servers[1]))
   end)
 
   it("of another's making names none", function()
@@ -38,7 +38,7 @@ describe("a session cookie", function()
         "; Path=/app; Max-Age=3600; Secure; HttpOnly; SameSite=Lax" },
       { { same_site = "Strict", http_only = true }, "; Path=/; HttpOnly; SameSite=Strict" },
       { { same_site = "None", secure = true }, "; Path=/; Secure; SameSite=None" },
-      { { max_age = 31536000 }, "; Path=/; Max-Age=31536000" },
+      { { max_age = 31536000 }, "; Path=/; Max-Age=31536000; SameSite=Lax" },
     }
     for _, case in ipairs(cases) do
       assert.equal(value .. case[2], sticky.cookie(new(case[1]), servers[1]))
