@@ -26,13 +26,19 @@ end
 
 local OWN = { [""] = true, ["1"] = true, ["true"] = true, ["on"] = true, ["yes"] = true }
 
+-- Where the cache gave the response, its headers are those of another time and perhaps of another server.
+local CACHED = { STALE = true, REVALIDATED = true, UPDATING = true, HIT = true }
+
 --- Does the response that the request's last try got say that a server goes offline? nil when it does not; else whether
--- it is `address` itself, the server that sent it, and not another one. Sermant's second header names its service and
--- needs no reading.
-function _M.mark(address)
+-- it is `address` itself, the server that sent it, and not another one. `kind` is the try's: nginx shows the headers of
+-- the try before where there was no answer. Sermant's second header names its service and needs no reading.
+function _M.mark(kind, address)
+  if kind < _M.SERVER_ERROR then
+    return nil
+  end
   local mark = ngx.var.upstream_http_x_headgate_offline
     or ngx.var["upstream_http_sermant.grace.mark.shutdown.service.endpoint"]
-  if not mark then
+  if not mark or CACHED[ngx.var.upstream_cache_status] then
     return nil
   end
   mark = mark:lower()

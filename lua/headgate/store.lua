@@ -40,6 +40,7 @@ end
 function _M.attach()
   if state:get("layout") ~= stats.LAYOUT then
     state:flush_all()
+    blobs:flush_all()
     assert(state:safe_set("layout", stats.LAYOUT))
   end
   stats.attach(state)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.lua.house import Backend, Edge, edge, eventually, server
+from tests.support.nginx import free_port
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
 
@@ -76,6 +77,44 @@ async def test_a_mark_on_a_503_that_is_tried_elsewhere_counts_and_no_client_sees
                 assert OFFLINE not in response.headers
         assert leaving.requests == 1
         assert (await app.said(leaving))["ejected"]["reason"] == "mark"
+
+
+async def test_a_mark_is_not_held_against_the_server_of_the_next_try() -> None:
+    async with edge(1, options="proxy_next_upstream error timeout http_503;") as app:
+        (leaving,) = app.backends
+        leaving.fault, leaving.headers = "/fail", {OFFLINE: "1"}
+        # A socket that is missing fails at once, while nginx still has the answer of the try before.
+        gone = server(0, key="gone", ip=f"unix:{app.nginx.prefix}/gone.sock", backup=True)
+        await app.publish([server(leaving.port), gone], quarantine_ms=LONG)
+        assert (await app.get())[0] == 502
+        servers = (await app.plane._call("GET", "/v1/counters"))["upstreams"]["app"]
+        assert [servers["gone"][name] for name in ("failures", "ejected", "refused_marks")] == [1, None, 0]
+        assert servers[leaving.key]["ejected"]["reason"] == "mark"
+
+
+async def test_a_mark_from_the_cache_is_not_believed_of_the_server_that_was_asked_now() -> None:
+    async with edge(2, workers=1) as app:
+        first, second = app.backends
+        cache = f'proxy_cache_path "{app.nginx.prefix}/cache" keys_zone=kept:1m;\n'
+        use = "proxy_cache kept; proxy_cache_valid 200 1s; proxy_cache_use_stale error timeout updating http_503;"
+        app.nginx.http = cache + app.nginx.http.replace("proxy_pass http://app;", use + "proxy_pass http://app;")
+        app.nginx.write()
+        app.nginx.reload()
+        await app.publish([server(first.port)], quarantine_ms=LONG)
+        first.headers = {OFFLINE: "1", "Cache-Control": "max-age=1", "ETag": '"1"'}
+        assert (await app.get())[1] == str(first.port)
+        await app.publish([server(second.port), server(free_port(), backup=True)], quarantine_ms=LONG)
+        second.fault = "/fail"
+
+        async def stale() -> bool:
+            await app.get()
+            return second.requests > 0
+
+        await eventually(stale, "the cached answer is old")
+        assert (await app.get())[1] == str(first.port), "the cache answers"
+        await app.settled(second)
+        said = await app.said(second)
+        assert (said["ejected"], said["refused_marks"]) == (None, 0)
 
 
 @pytest.mark.parametrize("forged", [OFFLINE, SERMANT + "endpoint"])
