@@ -356,6 +356,14 @@ class WarmUpTable(_Table):
     hold_window: Annotated[Duration, Field(ge=1)] = 5.0
     step_back: PositiveDuration = 30.0
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.steps == 1:
+            raise ValueError('steps = 1 is the full weight at once; write 2 or more, or duration = "0s" for no warm-up')
+        if any("?" in path for path in self.ignore_paths):
+            raise ValueError('ignore_paths are compared without the query; leave out "?" and what follows')
+        return self
+
 
 class DrainTable(_Table):
     """[*.drain]: how a server that goes offline is emptied."""

@@ -49,6 +49,11 @@ def test_percentages_have_a_sign_or_are_fractions(text: str, floor: float) -> No
     assert read(f"[defaults.warm_up]\nfloor = {text}").policy_for("app").warm_up.floor == pytest.approx(floor)
 
 
+def test_zero_switches_a_warm_up_and_its_holds_off() -> None:
+    off = read("[defaults.warm_up]\nduration = 0\nhold_errors = 0\nhold_latency = 0\nsteps = 0").policy_for("app")
+    assert off.warm_up == WarmUpPolicy(duration=0.0, hold_errors=0.0, hold_latency=0.0)
+
+
 def test_statuses_are_numbers_and_ranges() -> None:
     assert read('[defaults.check]\nstatuses = [204, "300-399"]').check_for("a").statuses == ((204, 204), (300, 399))
 
@@ -139,6 +144,17 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         ("[defaults.warm_up]\ncurve = 0", "it should be greater than 0"),
         ("[defaults.warm_up]\ncurve = nan", "it should be"),
         ("[defaults.warm_up]\nduration = -1", "-1 is no duration"),
+        ("[defaults.warm_up]\nsteps = 1", "defaults.warm_up: steps = 1 is the full weight at once"),
+        ("[defaults.warm_up]\nsteps = -1", "defaults.warm_up.steps: -1 does not fit"),
+        ('[defaults.warm_up]\nstarts = "now"', "'now' is not known; write 'first-request' or 'healthy'"),
+        ('[defaults.warm_up]\nignore_paths = ["healthz"]', "'healthz' is no path of a URL"),
+        ('[defaults.warm_up]\nignore_paths = ["/a?b"]', "ignore_paths are compared without the query"),
+        ("[defaults.warm_up]\nmax_cold = 0", "it should be greater than 0"),
+        ('[defaults.warm_up]\nmax_cold = "150%"', "is more than the whole"),
+        ("[defaults.warm_up]\nhold_errors = -1", "defaults.warm_up.hold_errors: -1 does not fit"),
+        ("[defaults.warm_up]\nhold_requests = 0", "defaults.warm_up.hold_requests: 0 does not fit"),
+        ('[defaults.warm_up]\nhold_window = "10ms"', "defaults.warm_up.hold_window: '10ms' does not fit"),
+        ("[defaults.warm_up]\nstep_back = 0", "defaults.warm_up.step_back: 0"),
         ("[defaults.drain]\ntimeout = true", "True is no duration"),
         ("[defaults.drain]\ntimeout = inf", "inf is no duration"),
         ('[nginx]\nconf = "nginx.conf"', "nginx.conf: 'nginx.conf' is not an absolute path; begin it with"),

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from controller.api.face import Runtime
 from controller.api.wire import UNSEEN
 from controller.core.model import Admin, ChangeStatus, Health, Warmth
-from controller.core.table import effective_weight
+from controller.core.table import effective_weights
 
 
 def registry(runtime: Runtime) -> CollectorRegistry:
@@ -86,6 +86,7 @@ class _Runtime(Collector):
         now = self._runtime.clock.now()
         for name, group in self._runtime.state.groups.items():
             counters = self._runtime.counters.upstreams.get(name, {})
+            weights = effective_weights(group, now)
             for server in group.upstream.servers:
                 labels = [name, server.key]
                 peer, seen = group.peers[server.key], counters.get(server.key, UNSEEN)
@@ -94,7 +95,7 @@ class _Runtime(Collector):
                 streak.add_metric([*labels, "pass"], peer.passes)
                 streak.add_metric([*labels, "fail"], peer.fails)
                 weight.add_metric(labels, server.weight)
-                effective.add_metric(labels, effective_weight(group, server, now))
+                effective.add_metric(labels, weights[server.key])
                 ejected.add_metric(labels, peer.ejected is not None)
                 quarantined.add_metric(labels, bool(peer.quarantine))
                 queued.add_metric(labels, peer.warm_up.phase is Warmth.QUEUED)

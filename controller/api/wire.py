@@ -5,7 +5,7 @@ Times named `…_at` are seconds since the epoch, all others are durations in se
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
@@ -24,7 +24,7 @@ from controller.core.model import (
     StepState,
     Warmth,
 )
-from controller.core.table import effective_weight
+from controller.core.table import effective_weights
 from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig, PeerCounters
 
 MAX_ID = 2**63 - 1
@@ -354,23 +354,31 @@ def upstreams(state: State, counters: Counters, config: NginxConfig | None, now:
 
 def upstream(group: Group, state: State, counters: Counters, now: float) -> UpstreamView:
     """One upstream with its servers."""
+    weights = effective_weights(group, now)
     return UpstreamView(
         name=group.upstream.name,
         method=group.upstream.method,
         fail_open=group.fail_open,
-        servers=[server(group, each, state, counters, now) for each in group.upstream.servers],
+        servers=[server(group, each, state, counters, now, weights) for each in group.upstream.servers],
     )
 
 
-def server(group: Group, configured: Server, state: State, counters: Counters, now: float) -> ServerView:
-    """One server: the configured line, its living side and its counters."""
+def server(
+    group: Group,
+    configured: Server,
+    state: State,
+    counters: Counters,
+    now: float,
+    weights: Mapping[str, float] | None = None,
+) -> ServerView:
+    """One server: the configured line, its living side and its counters; `weights` are its upstream's, if known."""
     peer = group.peers[configured.key]
     seen = counters.upstreams.get(group.upstream.name, {}).get(configured.key, UNSEEN)
     policy = group.upstream.policy.warm_up
     return ServerView(
         address=configured.key,
         weight=configured.weight,
-        effective_weight=effective_weight(group, configured, now),
+        effective_weight=(weights or effective_weights(group, now))[configured.key],
         admin=peer.admin,
         health=peer.health,
         reason=peer.reason,

@@ -378,13 +378,23 @@ def _judge_up(state: State, change: Change, at: int, now: float, _: PeerSeen | N
 def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
     step, group = change.steps[at], state.groups[change.upstream]
     peer, policy = group.peers[step.server], group.upstream.policy.warm_up
+    warm = peer.warm_up
     if peer.health is Health.DOWN:
         return _fail(state, change, at, f"went down while warming: {peer.reason}", now)
-    if not warmup.active(peer.warm_up):
+    if not warmup.active(warm):
         return _settle(state, change, at, StepState.DONE, f"warm after {now - (step.started or now):.1f} s", now)
-    if peer.warm_up.phase is Warmth.WAITING and now - (step.started or now) >= policy.duration:
+    if warm.phase is Warmth.WAITING and now - warm.since >= policy.duration:
         return _settle(state, change, at, StepState.DONE, f"no request came in {policy.duration:g} s", now)
-    return state
+    if warm.phase is Warmth.HELD and warm.elapsed <= 0 and now - warm.since >= 2 * policy.step_back:
+        return _fail(state, change, at, f"does not warm up: {warm.why}", now)
+    detail = ""
+    if warm.phase is Warmth.HELD:
+        detail = f"held: {warm.why}"
+    elif warm.phase is Warmth.QUEUED:
+        detail = "waits until others are warm"
+    if detail == step.detail:
+        return state
+    return _put(state, replace(change, steps=_with(change.steps, at, replace(step, detail=detail))))
 
 
 def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:

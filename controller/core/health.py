@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core.model import Health, HealthPolicy, Peer
+from controller.core.model import Health, HealthPolicy, Peer, WarmUp
 
 
 def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy, phi: float | None = None) -> Peer:
@@ -30,6 +30,8 @@ def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy, phi: float 
     return replace(peer, health=health, passes=passes, fails=fails, reason=reason)
 
 
-def forget(peer: Peer) -> Peer:
-    """The peer as one that was never probed and does not serve before it is: after a restart, or after maintenance."""
-    return replace(peer, health=Health.UNKNOWN, reason="", passes=0, fails=0, incumbent=False)
+def forget(peer: Peer, cause: str = "restarted") -> Peer:
+    """The peer as one that was never probed and does not serve before it is; `cause` is that of its next warm-up."""
+    return replace(
+        peer, health=Health.UNKNOWN, reason="", passes=0, fails=0, incumbent=False, warm_up=WarmUp(cause=cause)
+    )

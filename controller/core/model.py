@@ -479,12 +479,24 @@ class Readings:
 @dataclass(frozen=True, slots=True)
 class Tally:
     """How many servers of an upstream serve by their own right, and how many would where it fails open (`able`); of
-    its primary ones that people want to serve (`wanted`), how many are `up`."""
+    its primary ones that people want to serve (`wanted`), how many are `up`.
+
+    Of primaries and of backups: the weight of those that are well, and of those of them that warm up (`cold`), how
+    many serve `warm`, and how many are `queued` to warm up.
+    """
 
     serving: int = 0
     able: int = 0
     wanted: int = 0
     up: int = 0
+    well: int = 0
+    cold: int = 0
+    warm: int = 0
+    queued: int = 0
+    backup_well: int = 0
+    backup_cold: int = 0
+    backup_warm: int = 0
+    backup_queued: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, ejection, health, peers, table
+from controller.core import change, cold, ejection, health, table
 from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
 from controller.core.model import Admin, Health, Quarantine, Refused, Server, State
 
@@ -74,5 +74,5 @@ def online(state: State, event: OnlineNoticed, now: float) -> tuple[State, Outco
             peer = health.forget(peer)
         state = table.with_peer(state, event.upstream, key, peer)
         if peer.admin is Admin.READY and peer.health is Health.UP:
-            state = peers.warm_up(state, event.upstream, key, "restarted", now)
+            state = cold.warm_up(state, event.upstream, key, "restarted", now)
     return state, Outcome(tuple(effects))

@@ -1,20 +1,19 @@
-"""What happens to one peer: a probe's result, a new wish, a start, the passing of time; and the warm-ups that follow.
+"""What happens to one peer: a probe's result, its own words, a new wish, a start, the passing of time.
 
-A warm-up begins when a server comes into traffic: new, recovered, restarted or undrained. It does not begin because
-Headgate or nginx was restarted, or because a configuration was edited elsewhere (HAProxy and Envoy users' complaints).
+The warm-up of a server that comes into traffic by it begins in cold.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import accrual, agent, ejection, flapping, health, table, warmup
+from controller.core import accrual, agent, ejection, flapping, health, hold, table, warmup
 from controller.core.events import AgentSaid, Effect, Note, PeerSeen, ProbeResult
-from controller.core.model import Admin, Group, Health, Peer, Routing, State
+from controller.core.model import Admin, Group, Health, Peer, Routing, State, Warmth
 
 
 def probed(state: State, result: ProbeResult, now: float) -> tuple[State, list[Effect]]:
-    """Count a probe's result; a verdict that changes is noted, and a server that comes up starts to warm up."""
+    """Count a probe's result; a verdict that changes is noted."""
     group = state.groups.get(result.upstream)
     before = group.peers.get(result.server) if group else None
     if group is None or before is None or before.admin is Admin.MAINT:
@@ -55,10 +54,6 @@ def agent_said(state: State, event: AgentSaid, now: float) -> tuple[State, list[
     if bool(said.down) is not bool(before.agent.down) and peer.health is Health.UP:
         peer, notes = _damped(group, key, peer, now)
         effects += notes
-    server = next(each for each in group.upstream.servers if each.key == key)
-    returns = table.routing_of(server, peer) is Routing.UP is not table.routing_of(server, before)
-    if returns and peer.health is Health.UP:
-        state, peer = _warm(state, group, peer, "recovered" if before.agent.down else "undrained", now)
     state = table.with_peer(state, name, key, peer)
     if (said.admin, said.down, said.max_conns, said.weight <= 0) != (
         before.agent.admin,
@@ -72,16 +67,13 @@ def agent_said(state: State, event: AgentSaid, now: float) -> tuple[State, list[
 
 
 def set_admin(state: State, upstream: str, key: str, admin: Admin, now: float) -> State:
-    """Follow a wish. Back from a drain the server warms up; back from maintenance it is first probed anew."""
+    """Follow a wish. Back from maintenance the server is first probed anew."""
     group = state.groups[upstream]
     peer = group.peers[key]
     if peer.admin is admin:
         return state
-    if admin is Admin.READY:
-        if peer.admin is Admin.MAINT:
-            peer = health.forget(peer)
-        elif peer.health is Health.UP:
-            state, peer = _warm(state, group, peer, "undrained", now)
+    if admin is Admin.READY and peer.admin is Admin.MAINT:
+        peer = health.forget(peer, "enabled")
     return table.with_peer(state, upstream, key, replace(peer, admin=admin, sessions=False))
 
 
@@ -95,13 +87,6 @@ def drain(state: State, upstream: str, key: str, now: float) -> State:
 def end_sessions(state: State, upstream: str, key: str) -> State:
     """Let the sessions of a draining server move to others."""
     return table.with_peer(state, upstream, key, replace(state.groups[upstream].peers[key], sessions=False))
-
-
-def warm_up(state: State, upstream: str, key: str, cause: str, now: float) -> State:
-    """Begin a warm-up anew."""
-    group = state.groups[upstream]
-    state, peer = _warm(state, group, group.peers[key], cause, now)
-    return table.with_peer(state, upstream, key, peer)
 
 
 def started(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]:
@@ -138,11 +123,14 @@ def tick(state: State, now: float) -> tuple[State, list[Effect]]:
     """End the warm-ups, quarantines and ejections whose time has come, and suspect who is silent for too long."""
     effects: list[Effect] = []
     for name, group in state.groups.items():
-        for key, peer in group.peers.items():
-            warm = warmup.advance(group.upstream.policy.warm_up, peer.warm_up, now)
+        for server in group.upstream.servers:
+            key, peer = server.key, group.peers[server.key]
+            warm = warmup.advance(group.upstream.policy.warm_up, hold.unjudged(group, peer.warm_up, now), now)
             if warm is not peer.warm_up:
-                effects.append(Note("warm-up", f"{name}: {key} is warm", name, key))
                 state = table.with_peer(state, name, key, replace(peer, warm_up=warm))
+                if table.routing_of(server, peer) is Routing.UP:
+                    outcome = "is warm" if warm.phase is Warmth.DONE else "goes on to warm up: nobody could judge it"
+                    effects.append(Note("warm-up", f"{name}: {key} {outcome}", name, key))
             if peer.quarantine or peer.ejected:
                 state, more = _expire(state, name, key, now)
                 effects += more
@@ -171,8 +159,6 @@ def _expire(state: State, name: str, key: str, now: float) -> tuple[State, list[
     ejected = peer.ejected is not None and peer.ejected.until <= now
     if ejected:
         peer = replace(peer, ejected=None)
-    if over and not peer.quarantine and peer.health is Health.UP:
-        state, peer = _warm(state, state.groups[name], peer, "recovered", now)
     state = table.with_peer(state, name, key, peer)
     group = state.groups[name]
     notes: list[Effect] = [
@@ -196,7 +182,7 @@ def _suspect(state: State, name: str, key: str, now: float) -> tuple[State, list
 
 
 def _turned(state: State, name: str, key: str, peer: Peer, after: str, now: float) -> tuple[State, list[Effect]]:
-    """The verdict on a peer has changed: damp it, warm it up, forgive it, and say so."""
+    """The verdict on a peer has changed: damp it, forgive it, and say so."""
     group = state.groups[name]
     before = group.peers[key]
     effects: list[Effect] = []
@@ -205,10 +191,6 @@ def _turned(state: State, name: str, key: str, peer: Peer, after: str, now: floa
     if peer.health is Health.UP and before.health is Health.DOWN and not flapping.resting(peer):
         old, peer = peer, ejection.forgive(peer)
         effects += ejection.forgiven(name, key, old, peer, "it was down and is up again")
-    served = before.health is Health.UNKNOWN and before.incumbent
-    if peer.health is Health.UP and not served and not peer.quarantine:
-        cause = "recovered" if before.health is Health.DOWN else "new"
-        state, peer = _warm(state, group, peer, cause, now)
     state = table.with_peer(state, name, key, peer)
     if not flapping.resting(before):
         effects.insert(0, _health_note(state.groups[name], key, after))
@@ -242,14 +224,8 @@ def _pseudo_dead(group: Group, key: str, before: Peer, peer: Peer) -> list[Effec
     return [Note("pseudo-dead", text, group.upstream.name, key)]
 
 
-def _warm(state: State, group: Group, peer: Peer, cause: str, now: float) -> tuple[State, Peer]:
-    warm = warmup.begin(group.upstream.policy.warm_up, state.next_epoch, cause, now)
-    return replace(state, next_epoch=state.next_epoch + 1), replace(peer, warm_up=warm)
-
-
 def _health_note(group: Group, key: str, after: str) -> Note:
-    name, peer, policy = group.upstream.name, group.peers[key], group.upstream.policy
+    name, peer = group.upstream.name, group.peers[key]
     if peer.health is Health.UP:
-        warming = f", warming up over {policy.warm_up.duration:g} s" if warmup.active(peer.warm_up) else ""
-        return Note("health", f"{name}: {key} is up{warming}; {table.count(group)}", name, key)
+        return Note("health", f"{name}: {key} is up; {table.count(group)}", name, key)
     return Note("health", f"{name}: {key} is down {after} ({peer.reason}); {table.count(group)}", name, key)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from controller.core.warmup import formula
+
 STEPS = 4  # stairs of a ramp
 _SCALE = 100  # a share is reckoned in hundredths
 _HASHES = frozenset({"hash", "ip_hash"})
@@ -33,7 +35,8 @@ class Ramp:
     """A warm-up in stairs: `elapsed` seconds had passed at `since`; `shown` is the share that nginx serves, if it does.
 
     The share is that of the formula in controller/core/warmup.py at the beginning of each stair, so a server never has
-    more than the formula gives it. `ended`: the table knows it no more, the full weight is due.
+    more than the formula gives it. A ramp with fewer `steps` of its own than nginx is given takes those. `ended`: the
+    table knows it no more, the full weight is due.
     """
 
     epoch: int
@@ -45,18 +48,21 @@ class Ramp:
     since: float
     shown: float | None = None
     ended: bool = False
+    steps: int = 0
 
     def time(self, now: float) -> float:
         """Seconds that the warm-up has run."""
         return self.elapsed + (0.0 if self.held else max(0.0, now - self.since))
 
     def share(self, now: float, steps: int) -> float:
-        """The part of the full weight at this time, in 0..1."""
+        """The part of the full weight at this time, in 0..1, where nginx is given at most so many stairs."""
+        steps = self._stairs(steps)
         return self._stair(self._number(now, steps), steps)
 
     def next_step(self, now: float, steps: int) -> float | None:
         """When `shown` is to be followed by a greater share: `now` or before where that is overdue, None: never."""
-        shown = self.share(now, steps) if self.shown is None else self.shown
+        steps = self._stairs(steps)
+        shown = self._stair(self._number(now, steps), steps) if self.shown is None else self.shown
         if shown >= 1.0:
             return None
         if self.ended:
@@ -65,17 +71,21 @@ class Ramp:
         at = self.since + stair * self.duration / steps - self.elapsed
         return None if self.held and at > self.since else at
 
+    def _stairs(self, steps: int) -> int:
+        return min(self.steps or steps, steps)
+
     def _number(self, now: float, steps: int) -> int:
         if self.ended or self.duration <= 0:
             return steps
         return min(steps, max(0, math.floor(steps * self.time(now) / self.duration + 1e-9)))
 
     def _stair(self, number: int, steps: int) -> float:
-        return 1.0 if number >= steps else max(self.floor, (number / steps) ** self.curve)
+        return formula(number / steps, self.curve, self.floor, self.steps)
 
 
 def follow(ramps: Mapping[Key, Ramp], table: Mapping[str, Any], now: float) -> dict[Key, Ramp]:
-    """The ramps of a new table. One that runs goes on by its own clock unless its epoch or its hold has changed.
+    """The ramps of a new table. One that runs goes on by its own clock unless its epoch or its hold has changed; while
+    it is held the table's clock counts.
 
     A ramp that the table ends is one stair from its end, and takes it like any other stair: with the next reload.
     """
@@ -88,19 +98,20 @@ def follow(ramps: Mapping[Key, Ramp], table: Mapping[str, Any], now: float) -> d
                 if ramp is not None and ramp.shown is not None and ramp.shown < 1.0:
                     followed[key] = ramp if ramp.ended else replace(ramp, ended=True, since=now)
                 continue
-            if ramp is not None and not ramp.ended and (ramp.epoch, ramp.held) == (wanted["epoch"], wanted["held"]):
-                followed[key] = ramp
-                continue
-            shown = ramp.shown if ramp is not None and ramp.epoch == wanted["epoch"] else None
+            elapsed, since = wanted["elapsed_ms"] / 1000, now
+            known = ramp is not None and ramp.epoch == wanted["epoch"]
+            if ramp is not None and known and not ramp.ended and not wanted["held"] and not ramp.held:
+                elapsed, since = ramp.elapsed, ramp.since
             followed[key] = Ramp(
                 wanted["epoch"],
                 wanted["duration_ms"] / 1000,
                 wanted["curve"],
                 wanted["floor"],
                 wanted["held"],
-                wanted["elapsed_ms"] / 1000,
-                now,
-                shown,
+                elapsed,
+                since,
+                ramp.shown if ramp is not None and known else None,
+                steps=wanted.get("steps") or 0,
             )
     return followed
 
@@ -205,7 +216,7 @@ def quantise(
 def _serves(line: Line, servers: Mapping[str, Mapping[str, Any]], fail_open: bool) -> bool:
     states = [servers[key]["state"] for key in line.keys if key in servers]
     serving = [state == "up" or (fail_open and state == "down") for state in states]
-    if any(serving) and not all(serving) and {"drain", "maint"}.intersection(states):
+    if any(serving) and not all(serving) and {"drain", "sessions", "maint"}.intersection(states):
         raise Unsayable(
             f"{line.place} stands for {', '.join(line.keys)}, and nginx takes all of them or none; "
             "drain them together, or write a line for each address"

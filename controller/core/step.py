@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, ejection, notice, outlier, panic, peers, table
+from controller.core import change, cold, ejection, hold, notice, outlier, panic, peers, table
 from controller.core.events import (
     AdminWished,
     AgentSaid,
@@ -38,16 +38,19 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
     """
     before = state
     state, outcome = _follow(state, event, now)
+    followed = state
     state, effects = panic.watch(before, state)
-    return state, replace(outcome, effects=(*outcome.effects, *effects)) if effects else outcome
+    return _settled(
+        followed, state, replace(outcome, effects=(*outcome.effects, *effects)) if effects else outcome, now
+    )
 
 
 def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
     effects: list[Effect]
     reading: PeerSeen | None = None
+    before = state
     match event:
         case ProbeResult():
-            before = state
             state, effects = peers.probed(state, event, now)
             if state is before:  # the usual case by far
                 return state, Outcome()
@@ -56,7 +59,8 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case TrafficSeen():
             state, effects = ejection.mirror(state, event, now)
             state, more = outlier.compare(state, event, now)
-            effects += more
+            state, held = hold.judge(state, event, now)
+            effects += [*more, *held]
         case PeerSeen():
             state, effects, reading = peers.seen(state, event, now), [], event
         case Ticked():
@@ -70,23 +74,31 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case StepFailed():
             state, effects = change.fail(state, event, now), []
         case ChangeWished():
-            return change.begin(state, event, now)
+            return _settled(before, *change.begin(state, event, now), now)
         case AdminWished():
             state, effects = _admin_wished(state, event, now)
         case WarmUpWished():
-            effects = []
+            state, effects = _warm_up_wished(state, event, now), []
         case OfflineNoticed():
-            return notice.offline(state, event, now)
+            return _settled(before, *notice.offline(state, event, now), now)
         case OnlineNoticed():
-            return notice.online(state, event, now)
+            return _settled(before, *notice.online(state, event, now), now)
         case ConfigRead():
             state, effects = _config_read(state, event)
         case ConfigFailed():
             state, effects = _config_failed(state, event)
         case Restored():
             state, effects = _restored(state, event), []
+    state, outcome = _settled(before, state, Outcome(tuple(effects)), now)
+    before = state
     state, more = change.progress(state, now, reading)
-    return state, Outcome((*effects, *more))
+    return _settled(before, state, replace(outcome, effects=(*outcome.effects, *more)), now)
+
+
+def _settled(before: State, state: State, outcome: Outcome, now: float) -> tuple[State, Outcome]:
+    """With what follows for warm-ups."""
+    state, more = cold.settle(before, state, now)
+    return state, replace(outcome, effects=(*outcome.effects, *more)) if more else outcome
 
 
 def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
@@ -125,6 +137,12 @@ def _admin_wished(state: State, event: AdminWished, now: float) -> tuple[State, 
     return state, effects
 
 
+def _warm_up_wished(state: State, event: WarmUpWished, now: float) -> State:
+    for key in change.resolve(change.group_of(state, event.upstream), (event.server,)):
+        state = cold.wished(state, event.upstream, key, now)
+    return state
+
+
 def _config_read(state: State, event: ConfigRead) -> tuple[State, list[Effect]]:
     effects: list[Effect] = []
     if state.config_error:
@@ -150,12 +168,13 @@ def _join(state: State, upstream: Upstream) -> Group:
     A server that is not known is new, and serves when the probes say so; but where nothing at all is known of its
     upstream, nginx has been sending to it before Headgate came, and goes on doing so.
     """
+    group = state.groups.get(upstream.name, Group(upstream, {}))
     if upstream.name in state.groups:
-        known = dict(state.groups[upstream.name].peers)
+        known = dict(group.peers)
     else:
         known = {key: peer for (name, key), peer in state.stored.items() if name == upstream.name}
     newcomer = Peer(incumbent=not known)
-    return Group(upstream, {server.key: known.get(server.key, newcomer) for server in upstream.servers})
+    return replace(group, upstream=upstream, peers={s.key: known.get(s.key, newcomer) for s in upstream.servers})
 
 
 def _config_failed(state: State, event: ConfigFailed) -> tuple[State, list[Effect]]:

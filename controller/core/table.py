@@ -9,7 +9,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
 
 from controller.core import warmup
-from controller.core.model import Admin, Group, Health, Peer, Quarantine, Routing, Server, State, Tally, Upstream
+from controller.core.model import (
+    Admin,
+    Group,
+    Health,
+    Peer,
+    Quarantine,
+    Routing,
+    Server,
+    State,
+    Tally,
+    Upstream,
+    Warmth,
+)
 
 FORMAT = 1
 
@@ -31,7 +43,7 @@ def routing_of(server: Server, peer: Peer) -> Routing:
     if peer.quarantine or peer.agent.down:
         return Routing.DOWN
     if peer.health is Health.UP or (peer.health is Health.UNKNOWN and peer.incumbent):
-        return Routing.UP
+        return Routing.WAITING if peer.warm_up.phase is Warmth.QUEUED else Routing.UP
     return Routing.DOWN
 
 
@@ -62,11 +74,29 @@ def count(group: Group) -> str:
 
 
 def effective_weight(group: Group, server: Server, now: float) -> float:
-    """What the balancer reckons with: 0 where the server is not picked, else weight times its warm-up share."""
-    peer = group.peers[server.key]
-    if _serves(server, peer) or (group.fail_open and routing_of(server, peer) in (Routing.UP, Routing.DOWN)):
-        return _weight(server, peer) * warmup.share(group.upstream.policy.warm_up, peer.warm_up, now)
-    return 0.0
+    """What the balancer reckons with, in 0..weight; of many servers ask `effective_weights`."""
+    return effective_weights(group, now)[server.key]
+
+
+def effective_weights(group: Group, now: float) -> dict[str, float]:
+    """By key: 0 where a server is not picked, else its weight times its warm-up share.
+
+    Where all that are picked warm up, their shares count in proportion to the largest, for together they carry all of
+    the load. Backups are apart from primaries.
+    """
+    policy = group.upstream.policy.warm_up
+    shares: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    for server in group.upstream.servers:
+        peer = group.peers[server.key]
+        if _serves(server, peer) or (group.fail_open and routing_of(server, peer) in (Routing.UP, Routing.DOWN)):
+            shares[server.backup][server.key] = warmup.share(policy, peer.warm_up, now)
+    base = {backup: max(each.values(), default=1.0) for backup, each in shares.items()}
+    return {
+        server.key: _weight(server, group.peers[server.key])
+        * shares[server.backup].get(server.key, 0.0)
+        / base[server.backup]
+        for server in group.upstream.servers
+    }
 
 
 def with_peer(state: State, upstream: str, key: str, peer: Peer) -> State:
@@ -116,13 +146,17 @@ def tally(group: Group) -> Tally:
     return Tally(*map(sum, zip(*counts, strict=True)))
 
 
-def _tally(server: Server, peer: Peer) -> tuple[bool, bool, bool, bool]:
+def _tally(server: Server, peer: Peer) -> tuple[int, ...]:
     """What one server adds to a Tally."""
     routing = routing_of(server, peer)
     able = routing in (Routing.UP, Routing.DOWN)
     up = routing in (Routing.UP, Routing.WAITING)
     primary = not server.backup
-    return _serves(server, peer), able, primary and (up or able), primary and up
+    ramps = routing is Routing.UP and warmup.ramping(peer.warm_up)
+    serves = _serves(server, peer)
+    load = (server.weight * up, server.weight * ramps, serves and not ramps, routing is Routing.WAITING)
+    tiers = (*load, 0, 0, 0, 0) if primary else (0, 0, 0, 0, *load)
+    return (serves, able, primary and (up or able), primary and up, *tiers)
 
 
 def _serves(server: Server, peer: Peer) -> bool:
@@ -136,7 +170,8 @@ def _server_of(group: Group, key: str) -> Server:
 def table(state: State, now: float) -> dict[str, object]:
     """The whole table as JSON: `{"format", "revision", "upstreams": {NAME: {"method", "fail_open", "servers"}}}`.
 
-    Beside `method` stands what belongs to it: `key` and `consistent` for hash, `two` for random.
+    Beside `method` stands what belongs to it: `key`, `consistent` and `bound` for hash, `two` for random; and, where
+    they are on, `sticky`, `ignore_paths`, `outlier` and `quarantine_ms` (docs/data-plane.md).
 
     An upstream without servers is left out: nginx then balances it by itself.
     """
@@ -145,7 +180,7 @@ def table(state: State, now: float) -> dict[str, object]:
         "revision": state.revision,
         "upstreams": {
             name: {
-                **_method(group.upstream),
+                **_upstream(group.upstream),
                 "fail_open": group.fail_open,
                 "servers": [_server(group, server, now) for server in group.upstream.servers],
             }
@@ -155,17 +190,51 @@ def table(state: State, now: float) -> dict[str, object]:
     }
 
 
+def method_of(upstream: Upstream) -> str:
+    """The balancing method in force: headgate.toml's where it names one, else nginx.conf's."""
+    return upstream.policy.balance.method or upstream.method
+
+
 def _method(upstream: Upstream) -> dict[str, object]:
-    method: dict[str, object] = {"method": upstream.method}
-    if upstream.method == "hash":
-        method |= {"key": upstream.hash_key, "consistent": upstream.consistent}
-    elif upstream.method == "random":
-        method["two"] = upstream.two
+    balance, name = upstream.policy.balance, method_of(upstream)
+    method: dict[str, object] = {"method": name}
+    if name == "hash":
+        key, consistent = upstream.hash_key, upstream.consistent
+        if balance.method:
+            key, consistent = balance.key, balance.consistent
+        method |= {"key": key, "consistent": consistent}
+        if consistent and balance.bound:
+            method["bound"] = balance.bound
+    elif name == "random":
+        method["two"] = balance.two if balance.method else upstream.two
     return method
 
 
+def _upstream(upstream: Upstream) -> dict[str, object]:
+    """All of an upstream's entry but its servers and whether it fails open."""
+    entry, policy = _method(upstream), upstream.policy
+    outlier, sticky = policy.outlier, policy.sticky
+    if sticky.cookie:
+        fields = ("cookie", "path", "secure", "http_only", "same_site", "max_age")
+        entry["sticky"] = {name: getattr(sticky, name) for name in fields}
+    if policy.warm_up.ignore_paths:
+        entry["ignore_paths"] = list(policy.warm_up.ignore_paths)
+    if outlier.errors or outlier.timeouts or outlier.server_errors:
+        entry["outlier"] = {
+            "errors": outlier.errors,
+            "timeouts": outlier.timeouts,
+            "server_errors": outlier.server_errors,
+            "base_ms": _ms(outlier.base),
+            "cap_ms": _ms(outlier.cap),
+            "max_ejected": outlier.max_ejected,
+        }
+    if policy.quarantine.marks:
+        entry["quarantine_ms"] = _ms(policy.quarantine.duration)
+    return entry
+
+
 def _server(group: Group, server: Server, now: float) -> dict[str, object]:
-    peer = group.peers[server.key]
+    peer, policy = group.peers[server.key], group.upstream.policy.warm_up
     entry: dict[str, object] = {
         "key": server.key,
         "ip": server.ip,
@@ -179,27 +248,39 @@ def _server(group: Group, server: Server, now: float) -> dict[str, object]:
         entry["forgive"] = peer.forgiven
     if server.address != server.key:
         entry["address"] = server.address
-    if warmup.active(peer.warm_up):
-        policy = group.upstream.policy.warm_up
-        entry["warm_up"] = {
-            "elapsed_ms": round(warmup.elapsed(peer.warm_up, now) * 1000),
-            "duration_ms": round(policy.duration * 1000),
-            "curve": policy.curve,
-            "floor": policy.floor,
-            "starts": policy.starts,
-            "held": False,
-            "epoch": peer.warm_up.epoch,
-        }
+    if warmup.ramping(peer.warm_up):
+        # At 0 nginx would wait for a first request.
+        least = 1 if peer.warm_up.phase is not Warmth.WAITING and policy.starts == "first-request" else 0
+        entry["warm_up"] = {"elapsed_ms": max(least, _ms(warmup.elapsed(peer.warm_up, now))), **_ramp(group, peer)}
     return entry
+
+
+def _ramp(group: Group, peer: Peer) -> dict[str, object]:
+    """All of a warm-up's entry but the running clock."""
+    policy, warm = group.upstream.policy.warm_up, peer.warm_up
+    entry: dict[str, object] = {
+        "duration_ms": _ms(policy.duration),
+        "curve": policy.curve,
+        "floor": policy.floor,
+        "starts": policy.starts,
+        "held": warm.phase is Warmth.HELD,
+        "epoch": warm.epoch,
+    }
+    return entry | {"steps": policy.steps} if policy.steps else entry
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _row(group: Group, server: Server) -> tuple[object, ...]:
     """All of a server's entry that, when it changes, must be published: everything but the running clock."""
     peer = group.peers[server.key]
-    policy = group.upstream.policy.warm_up
-    warming = (peer.warm_up.epoch, policy) if warmup.active(peer.warm_up) else None
+    warm = peer.warm_up
+    ramp = _ramp(group, peer) if warmup.ramping(warm) else None
+    held = warm.elapsed if warm.phase is Warmth.HELD else None
     said = (peer.agent.weight, peer.agent.max_conns)
-    return (replace(server, address="", place=None), routing_of(server, peer), warming, said, peer.forgiven)
+    return (replace(server, address="", place=None), routing_of(server, peer), ramp, held, said, peer.forgiven)
 
 
 def _weight(server: Server, peer: Peer) -> float:
@@ -210,7 +291,7 @@ def _weight(server: Server, peer: Peer) -> float:
 
 def _rows(groups: Mapping[str, Group]) -> dict[str, tuple[object, ...]]:
     return {
-        name: (_method(group.upstream), group.fail_open, *(_row(group, server) for server in group.upstream.servers))
+        name: (_upstream(group.upstream), group.fail_open, *(_row(group, server) for server in group.upstream.servers))
         for name, group in groups.items()
         if group.upstream.servers
     }

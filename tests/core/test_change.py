@@ -240,7 +240,7 @@ def test_a_server_that_goes_down_while_it_warms_fails_the_rollout() -> None:
 
 
 def test_a_warm_up_that_waits_for_requests_that_do_not_come_does_not_hold_a_rollout_for_ever() -> None:
-    policy = replace(POLICY, warm_up=WarmUpPolicy(10.0, 1.0, 0.1, "first-request"))
+    policy = replace(POLICY, warm_up=WarmUpPolicy(duration=10.0, starts="first-request"))
     world = World().configure(upstream(policy=policy))
     number = world.wish(ChangeKind.RESTART, A)
     world.live(40)

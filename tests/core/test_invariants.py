@@ -15,14 +15,17 @@ from controller.core.events import (
     ConfigFailed,
     ConfigRead,
     Event,
+    OfflineNoticed,
     PeerSeen,
     PlaneLost,
     PlaneSeen,
     ProbeResult,
+    Restored,
     StepDone,
     StepFailed,
     Ticked,
     TrafficSeen,
+    WarmUpWished,
 )
 from controller.core.model import (
     Admin,
@@ -39,6 +42,8 @@ from controller.core.model import (
     State,
     StepState,
     Traffic,
+    Warmth,
+    WarmUpPolicy,
 )
 from controller.core.step import step
 from tests.core.world import POLICY, A, B, C, upstream
@@ -74,9 +79,20 @@ EVENTS = st.one_of(
         st.integers(1, 3),
         st.sampled_from([POLICY, JUDGING, JUDGING, SUSPECTING]),
     ),
+    st.builds(WarmUpWished, st.just("app"), KEYS),
+    st.builds(OfflineNoticed, st.just("app"), KEYS, st.just(""), st.floats(0, 30)),
     st.builds(ConfigFailed, st.just("broken")),
     st.builds(Ticked),
 )
+NARROW = replace(
+    POLICY, warm_up=WarmUpPolicy(duration=10.0, starts="healthy", max_cold=0.01, hold_window=1.0, step_back=5.0)
+)
+BUSY = [
+    TrafficSeen("app", "boot", {key: Traffic(n, n, n * (key == B), seconds=n * (key == C)) for key in (A, B, C)})
+    for n in (0, 200, 400, 800)
+]
+OFF = replace(POLICY, warm_up=WarmUpPolicy(duration=0.0))
+RAMPING = {Warmth.WAITING, Warmth.RUNNING, Warmth.HELD}
 Counted = dict[str, tuple[int, int, str]]
 HISTORIES = st.lists(st.tuples(st.floats(0, 20), EVENTS), max_size=60)
 JUDGEMENTS = st.one_of(
@@ -86,6 +102,20 @@ JUDGEMENTS = st.one_of(
     st.builds(AdminWished, st.just("app"), KEYS, st.sampled_from([Admin.READY, Admin.MAINT])),
 )
 JUDGED = st.lists(st.tuples(st.floats(0, 20), JUDGEMENTS), min_size=10, max_size=100)
+
+# What warm-ups are made of: servers that go and come, traffic that is good or bad, and time.
+WARM_UPS = st.lists(
+    st.one_of(
+        KEYS.map(lambda key: [(0.0, ProbeResult("app", key, False, "refused"))] * 3),
+        KEYS.map(lambda key: [(0.0, ProbeResult("app", key, True, "ok"))] * 2),
+        KEYS.map(lambda key: [(0.0, WarmUpWished("app", key))]),
+        KEYS.map(lambda key: [(0.0, OfflineNoticed("app", key, seconds=1.0)), (1.0, Ticked())]),
+        st.lists(st.floats(0, 6), max_size=4).map(lambda waits: list(zip(waits, BUSY, strict=False))),
+        st.floats(0, 6).map(lambda wait: [(wait, Ticked())]),
+        st.sampled_from([POLICY, NARROW, OFF]).map(lambda policy: [(0.0, ConfigRead((upstream(policy=policy),)))]),
+    ),
+    max_size=25,
+).map(lambda bursts: [(0.0, ConfigRead((upstream(policy=NARROW),))), *(event for burst in bursts for event in burst)])
 
 
 def play(state: State, history: list[tuple[float, Event | Counted]], now: float = 0.0) -> list[tuple[State, float]]:
@@ -114,7 +144,7 @@ def start(policy: Policy = POLICY) -> State:
 
 
 @settings(max_examples=300)
-@given(HISTORIES)
+@given(HISTORIES | WARM_UPS)
 def test_health_never_empties_an_upstream_and_the_wishes_of_people_always_hold(
     history: list[tuple[float, Event | Counted]],
 ) -> None:
@@ -138,6 +168,36 @@ def test_guards_leave_a_server_in_traffic_unless_forced(history: list[tuple[floa
         assert routes & {Routing.UP, Routing.DOWN}, "an unforced wish never takes the last one"
 
 
+@settings(max_examples=300)
+@given(WARM_UPS)
+def test_a_server_waits_for_its_turn_only_while_a_warm_one_serves_and_another_warms_up(
+    history: list[tuple[float, Event | Counted]],
+) -> None:
+    for state, _ in play(start(), history):
+        group = state.groups["app"]
+        routes = {s.key: table.routing_of(s, group.peers[s.key]) for s in group.upstream.servers}
+        phases = {key: peer.warm_up.phase for key, peer in group.peers.items()}
+        if Routing.WAITING in routes.values():
+            serving = {phases[key] for key, routing in routes.items() if routing is Routing.UP}
+            assert serving & {Warmth.NONE, Warmth.DONE}
+            assert serving & RAMPING
+        else:
+            assert Warmth.QUEUED not in phases.values(), "who gets no traffic waits for no turn"
+
+
+@settings(max_examples=200)
+@given(WARM_UPS)
+def test_a_daemon_that_is_restarted_at_any_midpoint_has_the_same_ramps(
+    history: list[tuple[float, Event | Counted]],
+) -> None:
+    for state, now in play(start(), history):
+        group = state.groups["app"]
+        peers = {("app", key): peer for key, peer in group.peers.items()}
+        again, _ = step(State(), Restored(state.revision, 1, state.next_epoch, peers, {}, away=3.0), now + 3)
+        again, _ = step(again, ConfigRead((group.upstream,)), now + 3)
+        assert table.table(again, now + 3)["upstreams"] == table.table(state, now + 3)["upstreams"]
+
+
 @settings(max_examples=200)
 @given(HISTORIES, st.integers(0, 60))
 def test_replaying_the_journal_from_any_midpoint_reaches_the_same_state(
@@ -152,7 +212,7 @@ def test_replaying_the_journal_from_any_midpoint_reaches_the_same_state(
 
 
 @settings(max_examples=200)
-@given(HISTORIES)
+@given(HISTORIES | WARM_UPS)
 def test_revisions_only_grow_and_every_other_table_has_another_number(
     history: list[tuple[float, Event | Counted]],
 ) -> None:
@@ -181,9 +241,12 @@ def test_a_change_that_ended_has_no_open_step_and_one_server_is_in_one_change(
 
 def assert_nobody_is_forgotten(state: State, now: float) -> None:
     group = state.groups["app"]
-    weights = {s.key: table.effective_weight(group, s, now) for s in group.upstream.servers}
+    weights = table.effective_weights(group, now)
     for server in group.upstream.servers:
         peer = group.peers[server.key]
+        assert 0 <= weights[server.key] <= server.weight * max(1, peer.agent.weight)
+        if table.routing_of(server, peer) is Routing.UP and not peer.ejected:
+            assert weights[server.key] > 0
         if peer.admin is not Admin.READY:
             assert weights[server.key] == 0, "a draining peer gets nothing, whatever probes, agent and traffic say"
     if any(wanted(peer) for peer in group.peers.values()):

@@ -22,6 +22,7 @@ from controller.core.quantise import (
     shown,
     with_shown,
 )
+from controller.core.warmup import formula
 
 
 def server(key: str, state: str = "up", weight: float = 1, **fields: Any) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def said(found: tuple[Setting, ...]) -> list[str]:
         (["down", "down", "down"], True, ["", "", ""]),
         (["down", "drain", "drain"], True, ["max_fails=0", "down", "down"]),
         (["drain", "drain", "drain"], True, ["down", "down", "down"]),
+        (["up", "waiting", "sessions"], True, ["max_fails=0", "down", "down"]),
     ],
 )
 def test_states_become_down_marks_and_the_last_survivor_is_guarded(
@@ -147,6 +149,8 @@ def test_a_line_of_several_addresses_is_taken_as_a_whole_or_the_wish_is_refused(
     assert said(settings(upstream(server("web@1", "down"), server("web@2")), both)) == [""]
     with pytest.raises(Unsayable, match="web@1, web@2"):
         settings(upstream(server("web@1", "drain"), server("web@2")), both)
+    with pytest.raises(Unsayable, match="drain them together"):
+        settings(upstream(server("web@1", "sessions"), server("web@2")), both)
 
 
 @pytest.mark.parametrize("method", ["hash", "ip_hash"])
@@ -231,6 +235,42 @@ def test_a_held_ramp_stands_and_goes_on_from_where_the_table_says() -> None:
     assert with_shown(ramps, {A: 0.5})[A].next_step(500.0, STEPS) is None
     ramps = follow(ramps, table(server("a", warm_up=ramp(elapsed_ms=60_000))), 500.0)
     assert shares(ramps, 530.0) == {A: 0.75}
+
+
+def test_a_held_ramp_that_steps_back_is_followed_down() -> None:
+    ramps = with_shown(follow({}, table(server("a", warm_up=ramp(elapsed_ms=60_000, held=True))), 0.0), {A: 0.5})
+    ramps = follow(ramps, table(server("a", warm_up=ramp(elapsed_ms=48_000, held=True))), 30.0)
+    assert shares(ramps, 31.0) == {A: 0.25}
+    assert ramps[A].next_step(31.0, STEPS) is None, "it comes with the table's own reload"
+
+
+def test_a_ramp_goes_on_by_the_formula_of_a_new_table() -> None:
+    ramps = with_shown(follow({}, table(server("a", warm_up=ramp())), 0.0), {A: 0.5})
+    ramps = follow(ramps, table(server("a", warm_up=ramp(duration_ms=240_000, curve=2.0, floor=0.01))), 60.0)
+    assert (ramps[A].time(60.0), ramps[A].shown) == (60.0, 0.5)
+    assert shares(ramps, 60.0) == {A: 0.0625}
+    assert shares(ramps, 180.0) == {A: 0.5625}
+
+
+@pytest.mark.parametrize(
+    ("steps", "stairs"),
+    [
+        pytest.param(2, [0.5, 0.5, 1.0, 1.0, 1.0], id="fewer of its own"),
+        pytest.param(4, [0.25, 0.5, 0.75, 1.0, 1.0], id="as many"),
+        pytest.param(16, [1 / 16, 5 / 16, 9 / 16, 13 / 16, 1.0], id="more: haproxy's"),
+    ],
+)
+def test_a_ramp_with_steps_of_its_own_takes_at_most_those_of_the_plane(steps: int, stairs: list[float]) -> None:
+    ramps = follow({}, table(server("a", warm_up=ramp(floor=1 / 16, steps=steps))), 0.0)
+    assert [shares(ramps, 30.0 * at)[A] for at in range(5)] == stairs
+
+
+@given(st.floats(0.1, 5), st.floats(0.01, 1), st.integers(0, 40), st.integers(1, 12), st.floats(0, 200), st.booleans())
+def test_a_stair_never_gives_more_than_the_formula(
+    curve: float, floor: float, own: int, plane: int, t: float, held: bool
+) -> None:
+    each = Ramp(1, 120.0, curve, floor, held, t if held else 0.0, 0.0, steps=own)
+    assert floor <= each.share(t, plane) <= formula(t / 120.0, curve, floor, own) + 1e-9
 
 
 def test_the_next_step_is_the_first_that_changes_the_share() -> None:

@@ -157,7 +157,7 @@ class NginxFiles:
 
     def _upstream(self, block: UpstreamBlock, servers: tuple[Server, ...]) -> Upstream:
         policy = self._policy_for(block.name)
-        if block.hooked and block.method in ("hash", "ip_hash"):
+        if block.hooked and (policy.balance.method or block.method) in ("hash", "ip_hash"):
             # A weight that grows would move other clients at each step.
             policy = replace(policy, warm_up=replace(policy.warm_up, duration=0.0))
         hashed = block.method == "hash"
