@@ -222,7 +222,8 @@ def _notes(old: Group, group: Group) -> list[Effect]:
         if begun and warm.phase is Warmth.QUEUED:
             load = _load(group, _server(group, key).backup)
             part = f"{load.cold / load.well * 100:.0f} %"
-            notes.append(Note("warm-up", f"{name}: {key} waits: {part} of {name} is cold already", name, key))
+            text = f"{name}: {key} waits: {part} of {name} is cold already; {table.count(group)}"
+            notes.append(Note("warm-up", text, name, key))
         elif begun and warmup.ramping(warm):
             when = "" if warm.phase is Warmth.RUNNING else " from its first request on"
             text = f"{name}: {key} warms up over {policy.duration:g} s{when} ({warm.cause})"
