@@ -140,14 +140,16 @@ def test_offline_of_the_last_server_is_refused_with_4(house: House) -> None:
     assert f"{THIRD}: no other server of app serves" in refused.stderr
 
 
-def test_warm_up_says_whether_there_is_anything_to_warm(house: House) -> None:
-    done = headgate(house, "warm-up", "app", FIRST)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"app: {FIRST} keeps its weight: warm-up is off, or no other server is warm" in done.stdout
+def test_warm_up_begins_anew_where_there_is_something_to_warm_up(house: House) -> None:
+    off = headgate(house, "warm-up", "app", FIRST)
+    assert (off.returncode, off.stdout) == (2, "")
+    assert "app has no warm-up" in off.stderr
     warming = replace(POLICY, warm_up=WarmUpPolicy(duration=600, starts="healthy"))
     house.source.config = replace(house.source.config, upstreams=(replace(APP, policy=warming),))
     house.call(house.runtime.read_config())
-    assert f"app: {FIRST} warms up (table " in headgate(house, "warm-up", "app", FIRST).stdout
+    done = headgate(house, "warm-up", "app", FIRST)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"app: {FIRST} warms up \(table \d+\)\n", done.stdout)
     assert re.search(rf"^{FIRST} .* 10% \d+ min \d+ s left", headgate(house, "status").stdout, re.MULTILINE)
 
 

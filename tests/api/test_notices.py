@@ -14,7 +14,7 @@ import requests
 
 from controller.api.app import MAX_BODY
 from controller.client import Client
-from controller.core.model import NoticePolicy, Server, Upstream
+from controller.core.model import NoticePolicy, Server, Upstream, WarmUpPolicy
 from tests.adapters.test_notice import OK, answers, consumer
 from tests.support.house import APP, NAMED, POLICY, House
 
@@ -204,11 +204,18 @@ def test_a_notice_that_nginx_cannot_be_told_is_recorded_and_said_so(
     assert house.do(lambda: house.runtime.state.groups["app"].peers[FIRST].quarantine)
 
 
-def test_a_warm_up_by_hand_answers_when_nginx_follows_it(house: House) -> None:
-    path = f"/v1/upstreams/app/servers/{FIRST}/warm-up"
-    status, answer = post(house, path, b"")
-    assert (status, answer) == (200, {"revision": house.plane.revision})
-    assert refusal(house, "/v1/upstreams/named/servers/nope/warm-up", b"") == (404, "not_found")
+def test_a_warm_up_by_hand_answers_when_nginx_follows_it(house: House, client: Client) -> None:
+    warming = replace(POLICY, warm_up=WarmUpPolicy(duration=600, starts="healthy", floor=0.25))
+    house.source.config = replace(house.source.config, upstreams=(replace(APP, policy=warming), NAMED))
+    client.reread()
+    assert client.warm_up("app", FIRST) == {"revision": house.plane.revision}
+    ((found),) = client.servers("app", FIRST)
+    assert (found["warm_up"]["phase"], found["effective_weight"]) == ("running", 0.25)
+
+
+def test_a_warm_up_that_cannot_be_is_refused(house: House) -> None:
+    assert refusal(house, f"/v1/upstreams/app/servers/{FIRST}/warm-up", b"") == (422, "invalid")
+    assert refusal(house, "/v1/upstreams/app/servers/nope/warm-up", b"") == (404, "not_found")
     assert refusal(house, f"/v1/upstreams/nope/servers/{FIRST}/warm-up", b"") == (404, "not_found")
 
 
