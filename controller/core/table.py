@@ -195,6 +195,13 @@ def method_of(upstream: Upstream) -> str:
     return upstream.policy.balance.method or upstream.method
 
 
+def places(upstream: Upstream) -> bool:
+    """Whether the weights of all servers place the clients, so that a ramp would move other servers' clients: with a
+    hash, unless its load is bounded, for then a server that warms up takes its own clients up to its share."""
+    method = _method(upstream)
+    return method["method"] in ("hash", "ip_hash") and "bound" not in method
+
+
 def _method(upstream: Upstream) -> dict[str, object]:
     balance, name = upstream.policy.balance, method_of(upstream)
     method: dict[str, object] = {"method": name}

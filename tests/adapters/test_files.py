@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from controller.adapters.nginx.files import NginxFiles, lookup
-from controller.core.model import Group, Peer, Place, Policy, Server, State, WarmUpPolicy
+from controller.core.model import BalancePolicy, Group, Peer, Place, Policy, Server, State, WarmUpPolicy
 from controller.core.table import table
 from controller.ports import ConfigError, NginxConfig
 
@@ -37,7 +37,8 @@ class House:
 
     def __init__(self, folder: Path, names: Names) -> None:
         self.path = folder / "nginx.conf"
-        self.files = NginxFiles(str(self.path), lambda name: POLICY, lookup=names, lookup_timeout=0.2)
+        self.policy = POLICY
+        self.files = NginxFiles(str(self.path), lambda name: self.policy, lookup=names, lookup_timeout=0.2)
 
     def write(self, servers: str, more: str = "") -> None:
         hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
@@ -168,6 +169,24 @@ async def test_the_method_goes_into_the_table_and_where_weights_place_clients_no
     assert [server.get("address") for server in servers] == [None, "app:82", "app:82"]
     duration = 0.0 if "hash" in directive else POLICY.warm_up.duration
     assert upstream.policy == replace(POLICY, warm_up=replace(POLICY.warm_up, duration=duration))
+
+
+@pytest.mark.parametrize(
+    ("directive", "balance", "duration"),
+    [
+        ("", BalancePolicy("hash", "$uri"), 0.0),
+        ("", BalancePolicy("hash", "$uri", bound=1.25), 7.0),
+        ("hash $uri;", BalancePolicy("round_robin"), 7.0),
+        ("hash $uri consistent;", BalancePolicy(bound=1.25), 7.0),
+        ("hash $uri;", BalancePolicy(bound=1.25), 0.0),
+    ],
+)
+async def test_the_method_of_the_settings_decides_whether_servers_warm_up(
+    house: House, directive: str, balance: BalancePolicy, duration: float
+) -> None:
+    house.policy = replace(POLICY, balance=balance)
+    (upstream,) = (await house.read(f"{directive} server 127.0.0.1; server app:82;")).upstreams
+    assert upstream.policy.warm_up.duration == duration
 
 
 async def test_upstreams_without_a_hook_are_named_and_those_with_an_obstacle_are_explained(house: House) -> None:

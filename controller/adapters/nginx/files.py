@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from controller.conf.parse import Cache, ConfSyntaxError, ServerLine, Tree, UpstreamBlock, digest, parse
-from controller.core.model import Place, Policy, Server, Upstream
+from controller.core.model import BalancePolicy, Place, Policy, Server, Upstream
+from controller.core.table import places
 from controller.ports import ConfigError, NginxConfig
 
 LOOKUP_TIMEOUT = 5.0
@@ -157,11 +158,10 @@ class NginxFiles:
 
     def _upstream(self, block: UpstreamBlock, servers: tuple[Server, ...]) -> Upstream:
         policy = self._policy_for(block.name)
-        if block.hooked and (policy.balance.method or block.method) in ("hash", "ip_hash"):
-            # A weight that grows would move other clients at each step.
-            policy = replace(policy, warm_up=replace(policy.warm_up, duration=0.0))
+        if not block.hooked:
+            policy = replace(policy, balance=BalancePolicy())
         hashed = block.method == "hash"
-        return Upstream(
+        upstream = Upstream(
             block.name,
             servers,
             block.method,
@@ -171,6 +171,9 @@ class NginxFiles:
             consistent=hashed and "consistent" in block.method_args[1:],
             two=block.method == "random" and "two" in block.method_args,
         )
+        if not places(upstream):
+            return upstream
+        return replace(upstream, policy=replace(policy, warm_up=replace(policy.warm_up, duration=0.0)))
 
     def _names(self, tree: Tree) -> set[str]:
         managed = (block for block in tree.upstreams if self._managed(block) and not block.obstacle)
