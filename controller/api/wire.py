@@ -24,7 +24,7 @@ from controller.core.model import (
     StepState,
     Warmth,
 )
-from controller.core.table import effective_weights
+from controller.core.table import effective_weights, method_of
 from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig, PeerCounters
 
 MAX_ID = 2**63 - 1
@@ -357,7 +357,7 @@ def upstream(group: Group, state: State, counters: Counters, now: float) -> Upst
     weights = effective_weights(group, now)
     return UpstreamView(
         name=group.upstream.name,
-        method=group.upstream.method,
+        method=method_of(group.upstream),
         fail_open=group.fail_open,
         servers=[server(group, each, state, counters, now, weights) for each in group.upstream.servers],
     )

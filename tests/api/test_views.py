@@ -15,6 +15,7 @@ from controller.core import table
 from controller.core.model import (
     Admin,
     Agent,
+    BalancePolicy,
     Ejection,
     Group,
     Health,
@@ -117,6 +118,14 @@ def test_panic_is_told_from_nothing_being_up() -> None:
     assert "app: too few servers are up, so health is ignored and 2 of 2 serve (panic)" in few
     none = words(view(group(down, down)))
     assert "app: no server is up, so the 2 of 2 that are down are tried (fail open)" in none
+
+
+def test_the_method_is_the_one_in_force() -> None:
+    shown = group(UP)
+    assert view(shown)["upstreams"][0]["method"] == "round_robin"
+    policy = replace(shown.upstream.policy, balance=BalancePolicy(method="ewma"))
+    shown = replace(shown, upstream=replace(shown.upstream, policy=policy))
+    assert view(shown)["upstreams"][0]["method"] == "ewma"
 
 
 def test_counters_are_shown_as_nginx_has_them_and_a_mean_only_of_what_was_answered() -> None:
