@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+import ssl
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
@@ -220,7 +221,7 @@ class Log(_Table):
 class CheckTable(_Table):
     """[*.check]: how a server is probed, and how many results change the verdict."""
 
-    type: Literal["http", "https", "tcp", "grpc", "agent"] = "http"
+    type: Literal["http", "https", "tcp", "grpc", "grpcs", "agent"] = "http"
     path: Annotated[str, AfterValidator(_url_path)] = "/healthz"
     host: HostName | None = None
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -243,10 +244,54 @@ class CheckTable(_Table):
     send: str = ""
 
     @model_validator(mode="after")
-    def _in_time(self) -> Self:
-        if self.timeout > self.interval:
-            raise ValueError(f"timeout ({self.timeout:g} s) is longer than interval ({self.interval:g} s); shorten it")
+    def _fits(self) -> Self:
+        for key in sorted(self.model_fields_set & _BELONGS.keys()):
+            if self.type not in _BELONGS[key] and getattr(self, key) != type(self).model_fields[key].default:
+                types = " or ".join(f'"{each}"' for each in _BELONGS[key])
+                raise ValueError(f'{key} means nothing to type = "{self.type}"; take it out, or write type = {types}')
+        if self.client_key and not self.client_cert:
+            raise ValueError("client_key without client_cert; name the certificate, too, or take client_key out")
+        _see_files(self.ca_file, self.client_cert, self.client_key)
+        if (self.fast_interval or 0) > self.interval:
+            raise ValueError(
+                f"fast_interval ({self.fast_interval:g} s) is longer than interval ({self.interval:g} s); shorten it"
+            )
+        for name in ("interval", "fast_interval", "down_interval"):
+            _see_time(self.timeout, name, getattr(self, name))
         return self
+
+
+_WEB, _TLS, _GRPC = ("http", "https"), ("https", "grpcs"), ("grpc", "grpcs")
+_BELONGS = {
+    **dict.fromkeys(("path", "statuses", "body", "header"), _WEB),
+    **dict.fromkeys(("ca_file", "client_cert", "client_key", "server_name", "verify"), _TLS),
+    "host": _WEB + _GRPC,
+    "service": _GRPC,
+    "send": ("agent",),
+}
+"""The types of check that a key means something to; keys that are not here mean something to all."""
+
+
+def _see_files(ca_file: str | None, cert: str | None, key: str | None) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca_file:
+            context.load_verify_locations(ca_file)
+    except OSError as error:
+        raise ValueError(f"ca_file {ca_file!r} holds no certificates in PEM ({error}); correct it") from error
+    try:
+        if cert:
+            context.load_cert_chain(cert, key, password="")  # without one OpenSSL would ask the terminal
+    except OSError as error:
+        raise ValueError(
+            f"{cert!r} and {key or cert!r} are not a certificate and its key ({error}); "
+            "write PEM files that belong together, the key without a password"
+        ) from error
+
+
+def _see_time(timeout: float, name: str, interval: float | None) -> None:
+    if interval is not None and timeout > interval:
+        raise ValueError(f"timeout ({timeout:g} s) is longer than {name} ({interval:g} s); shorten it")
 
 
 class AgentTable(_Table):
@@ -256,6 +301,11 @@ class AgentTable(_Table):
     interval: Annotated[Duration, Field(ge=0.1)] = 2.0
     timeout: PositiveDuration = 1.0
     send: str = ""
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        _see_time(self.timeout, "interval", self.interval)
+        return self
 
 
 class HealthTable(_Table):
@@ -417,6 +467,12 @@ class Tables(_Table):
     balance: BalanceTable = BalanceTable()
     sticky: StickyTable = StickyTable()
 
+    @model_validator(mode="after")
+    def _one_agent(self) -> Self:
+        if self.check.type == "agent" and self.agent.port:
+            raise ValueError('check.type = "agent" and agent.port are two agents of one server; take one of them out')
+        return self
+
     def policy(self) -> Policy:
         """These settings as the core takes them."""
         return Policy(
@@ -541,8 +597,13 @@ def _joined(defaults: Mapping[str, Any], own: object) -> object:
     joined = {**defaults, **own}
     for name, table in own.items():
         if isinstance(table, dict) and isinstance(defaults.get(name), dict):
-            joined[name] = {**defaults[name], **table}
+            joined[name] = {**_fitting(defaults[name], table.get("type")), **table}
     return joined
+
+
+def _fitting(table: Mapping[str, Any], kind: object) -> dict[str, Any]:
+    """The defaults without what means nothing to the type of check that an upstream has instead of theirs."""
+    return {key: value for key, value in table.items() if kind is None or kind in _BELONGS.get(key, (kind,))}
 
 
 def _inherited(loc: tuple[str, ...], own: Mapping[str, Any]) -> bool:

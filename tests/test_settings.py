@@ -83,6 +83,12 @@ def test_an_upstream_overrides_the_defaults_key_by_key() -> None:
     assert (app.warm_up, other.warm_up) == (WarmUpPolicy(curve=2), WarmUpPolicy())
 
 
+def test_an_upstream_with_another_type_of_check_leaves_what_belongs_to_the_defaults_type() -> None:
+    both = read('[defaults.check]\nbody = "ok"\nfast_interval = "1s"\n[upstream.db]\ncheck.type = "tcp"')
+    assert both.check_for("app") == Check(body="ok", fast_interval=1)
+    assert both.check_for("db") == Check(type="tcp", fast_interval=1)
+
+
 def test_the_environment_goes_before_the_file() -> None:
     both = read(
         '[api]\nsocket = "/file"\nlisten = "127.0.0.1:1"',
@@ -132,12 +138,38 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         ('[defaults.check]\nverify = "yes"', "defaults.check.verify: must be true or false"),
         ('[defaults.check]\ninterval = "500ms"', "defaults.check: timeout (1 s) is longer than interval (0.5 s)"),
         ('[defaults.check]\ninterval = "10ms"', "defaults.check.interval: '10ms' does not fit"),
-        ('[defaults.check]\ntype = "ftp"', "'ftp' is not known; write 'http', 'https', 'tcp', 'grpc' or 'agent'"),
+        (
+            '[defaults.check]\ntype = "ftp"',
+            "'ftp' is not known; write 'http', 'https', 'tcp', 'grpc', 'grpcs' or 'agent'",
+        ),
         ("[defaults.check]\nstatuses = []", "defaults.check.statuses: "),
         ('[defaults.check]\nstatuses = ["400-200"]', "'400-200' is no HTTP status or range"),
         ('[defaults.check]\npath = "/a\\r\\nX: y"', "is no path of a URL"),
         ('[defaults.check]\nhost = "a\\r\\nX: y"', "is no host name"),
         ('[defaults.check]\nca_file = "/no/such.pem"', "'/no/such.pem' does not exist or cannot be read; create it"),
+        ('[defaults.check]\nfast_interval = "3s"', "fast_interval (3 s) is longer than interval (2 s); shorten it"),
+        ('[defaults.check]\nfast_interval = "0.5s"', "timeout (1 s) is longer than fast_interval (0.5 s); shorten it"),
+        ('[defaults.check]\ndown_interval = "0.5s"', "timeout (1 s) is longer than down_interval (0.5 s); shorten it"),
+        ('[defaults.agent]\ninterval = "0.5s"', "defaults.agent: timeout (1 s) is longer than interval (0.5 s)"),
+        (
+            '[defaults.check]\ntype = "tcp"\nbody = "ok"',
+            'defaults.check: body means nothing to type = "tcp"; take it out, or write type = "http" or "https"',
+        ),
+        ('[defaults.check]\ntype = "agent"\nheader = "X"', 'header means nothing to type = "agent"; take it out'),
+        (
+            '[defaults.check]\nservice = "a"',
+            'service means nothing to type = "http"; take it out, or write type = "grpc"',
+        ),
+        ('[defaults.check]\nsend = "a"', 'send means nothing to type = "http"; take it out, or write type = "agent"'),
+        ("[defaults.check]\nverify = false", 'or write type = "https" or "grpcs"'),
+        (f'[defaults.check]\ntype = "https"\nclient_key = "{__file__}"', "client_key without client_cert; name the"),
+        (f'[defaults.check]\ntype = "https"\nclient_cert = "{__file__}"', "are not a certificate and its key ("),
+        (f'[defaults.check]\ntype = "grpcs"\nca_file = "{__file__}"', "holds no certificates in PEM ("),
+        ('[defaults.check]\nheader = "two words"', "'two words' is no header; write"),
+        (
+            '[upstream.app]\nagent.port = 1\ncheck.type = "agent"',
+            'upstream.app: check.type = "agent" and agent.port are two agents of one server',
+        ),
         ('[defaults.warm_up]\nfloor = "0%"', "defaults.warm_up.floor: '0%' does not fit; it should be greater than 0"),
         ('[defaults.warm_up]\nfloor = "101%"', "is more than the whole"),
         ("[defaults.warm_up]\nfloor = 10", '10 is more than the whole; write "10%" or at most 1.0'),
