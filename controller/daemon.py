@@ -22,7 +22,7 @@ from controller.adapters.nginx.lua import LuaPlane
 from controller.adapters.nginx.reload import ReloadPlane
 from controller.adapters.nginx.verify import Reloader
 from controller.adapters.notify import Notifier
-from controller.adapters.probe import HttpProber
+from controller.adapters.probe import NetProber
 from controller.adapters.process import Processes
 from controller.adapters.store.sqlite import SqliteStore
 from controller.adapters.watch import Watcher
@@ -107,7 +107,7 @@ class _Daemon:
             clock=clock,
             plane=plane,
             processes=Processes(),
-            prober=HttpProber,
+            prober=NetProber,
             source=source,
             store=store,
             check_for=self._policies.check_for,

@@ -144,12 +144,12 @@ class ProcessControl(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a probe does. `type` is http, https, tcp, grpc or agent; seconds; `statuses` are inclusive ranges; `body` a
-    substring; `header` is a name, or a name, a colon and a substring of its value.
+    """What a probe does. `type` is http, https, tcp, grpc, grpcs or agent; seconds; `statuses` are inclusive ranges;
+    `body` a substring; `header` is a name, or a name, a colon and a substring of its value.
 
     `jitter` is the share of the interval by which each wait varies either way. `fast_interval` and `down_interval`
-    replace `interval` while the verdict is about to change, and while the server is down. `service` belongs to grpc,
-    `send` to agent. `agent` is a second check beside this one, which asks the server's agent.
+    replace `interval` while the verdict is about to change, and while the server is down. `service` belongs to grpc
+    and grpcs, `send` to agent. `agent` is a second check beside this one, which asks the server's agent.
     """
 
     type: str = "http"

@@ -41,7 +41,8 @@ class ConfigFailed:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """One probe ended. `reason` is ok, refused, reset, timeout, tls, status, body or error; `detail` is a phrase."""
+    """One probe ended. `reason` is ok, refused, reset, timeout, tls, status, header, body or error; `detail` is a
+    phrase."""
 
     upstream: str
     server: str

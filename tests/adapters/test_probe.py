@@ -1,160 +1,16 @@
-"""HttpProber against real servers: well-behaved ones by aiohttp.web, the others by bare sockets."""
+"""http and tcp checks against real servers, and when probes are made. Servers that misbehave: test_probe_faults.py."""
 
 import asyncio
 import os
 import resource
-import socket
-import ssl
-import struct
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from aiohttp import web
 
-from controller.adapters.probe import GRID, HttpProber
-from controller.core.events import ProbeResult
-from controller.core.model import Server
-from controller.ports import Check, Target
-
-FAST = Check(interval=0.1, timeout=5)
-PATIENT = Check(interval=60, timeout=5)
-KEY = ("app", "one")
-LONG_BODY = "x" * 200_000
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Probing:
-    """A prober and the results that it has emitted."""
-
-    def __init__(self) -> None:
-        self.results: list[ProbeResult] = []
-        self.began: list[float] = []
-        self._news = asyncio.Event()
-        self.prober = HttpProber(self._emit)
-
-    def _emit(self, result: ProbeResult) -> None:
-        self.results.append(result)
-        self.began.append(asyncio.get_running_loop().time() - result.seconds)
-        self._news.set()
-
-    async def until(self, count: int) -> list[ProbeResult]:
-        async with asyncio.timeout(10):
-            while len(self.results) < count:
-                self._news.clear()
-                await self._news.wait()
-        return self.results
-
-    async def once(self, server: Server, check: Check) -> ProbeResult:
-        """The first result for this server and check."""
-        self.results.clear()
-        self.prober.set_targets({KEY: Target(server, check)})
-        return (await self.until(1))[0]
-
-
-@pytest.fixture
-async def probing() -> AsyncIterator[Probing]:
-    probing = Probing()
-    yield probing
-    await probing.prober.close()
-
-
-def at(port: int) -> Server:
-    return Server(f"127.0.0.1:{port}", f"127.0.0.1:{port}", "127.0.0.1", port)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-class Site:
-    """A real web application, and what it was asked."""
-
-    def __init__(self) -> None:
-        self.requests: list[web.BaseRequest] = []
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.requests.append(request)
-        match request.path:
-            case "/healthz":
-                return web.Response(text="all is well")
-            case "/long":
-                return web.Response(text=LONG_BODY + "end")
-            case "/moved":
-                return web.Response(status=302, headers={"Location": "/healthz"})
-            case "/empty":
-                return web.Response(status=204)
-            case "/chunks":
-                response = web.StreamResponse()
-                response.enable_chunked_encoding()
-                await response.prepare(request)
-                for part in (b"all is ", b"well"):
-                    await response.write(part)
-                return response
-            case "/endless":
-                response = web.StreamResponse()
-                await response.prepare(request)
-                while True:
-                    await response.write(b"data: x\n\n")
-                    await asyncio.sleep(0.01)
-        return web.Response(status=503, text="all is lost")
-
-
-class Web:
-    """Where a Site listens: TCP, TLS and a unix socket."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.site = Site()
-        self.runner = web.ServerRunner(web.Server(self.site.handle), shutdown_timeout=0)
-
-    async def tcp(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Server:
-        where = web.TCPSite(self.runner, host, 0, ssl_context=tls)
-        await where.start()
-        port = where._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return Server(shown, shown, host, port)
-
-    async def unix(self) -> Server:
-        await web.UnixSite(self.runner, str(self.folder / "app.sock")).start()
-        address = f"unix:{self.folder}/app.sock"
-        return Server(address, address, address, 0)
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Web]:
-    there = Web(tmp_path)
-    await there.runner.setup()
-    yield there
-    await there.runner.cleanup()
-
-
-@pytest.fixture
-async def raw() -> AsyncIterator[Callable[[Handler], Awaitable[Server]]]:
-    """Starts a server that does as the given handler does."""
-    servers: list[asyncio.Server] = []
-
-    async def start(handler: Handler) -> Server:
-        servers.append(await asyncio.start_server(handler, "127.0.0.1", 0))
-        return at(servers[-1].sockets[0].getsockname()[1])
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-def answering(text: str) -> Handler:
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(text.encode())
-        writer.close()
-
-    return handle
+from controller.adapters.probe import GRID
+from controller.ports import Pace, Target
+from tests.adapters.probed import FAST, KEY, PATIENT, Probing, Raw, Web, answering, at, free_port
 
 
 @pytest.mark.parametrize(
@@ -233,97 +89,52 @@ async def test_a_check_may_have_a_port_of_its_own(probing: Probing, site: Web) -
     assert (await probing.once(at(free_port()), replace(PATIENT, port=other.port))).reason == "ok"
 
 
+@pytest.mark.parametrize("body", [None, "well"])
+@pytest.mark.parametrize(
+    ("path", "header", "reason", "detail"),
+    [
+        ("/healthz", "x-role", "ok", "status 200"),
+        ("/healthz", "X-Role: warm", "ok", "status 200"),
+        ("/healthz", "X-Role:primary", "ok", "status 200"),
+        ("/healthz", "X-Role: cold", "header", '"cold" is not in X-Role: primary, warm'),
+        ("/healthz", "Role", "header", "there is no header Role"),
+        ("/ill", "X-Role", "status", "status 503"),
+    ],
+)
+async def test_a_header_can_be_demanded_by_name_and_by_a_part_of_its_value(
+    probing: Probing, site: Web, path: str, header: str, reason: str, detail: str, body: str | None
+) -> None:
+    result = await probing.once(await site.tcp(), replace(PATIENT, path=path, header=header, body=body))
+    assert (result.reason, result.detail) == (reason, detail)
+
+
 @pytest.mark.parametrize("body", [None, "x"])
-class TestFaults:
-    """The same words from both ways of probing."""
-
-    async def test_a_port_where_nobody_listens_refuses(self, probing: Probing, body: str | None) -> None:
-        result = await probing.once(at(free_port()), replace(PATIENT, body=body))
-        assert (result.ok, result.reason, result.detail) == (False, "refused", "connection refused")
-
-    async def test_a_unix_socket_that_is_not_there_refuses(
-        self, probing: Probing, tmp_path: Path, body: str | None
-    ) -> None:
-        server = Server("unix:x", "unix:x", f"unix:{tmp_path}/gone", 0)
-        assert (await probing.once(server, replace(PATIENT, body=body))).reason == "refused"
-
-    async def test_a_server_that_hangs_times_out(self, probing: Probing, body: str | None) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            result = await probing.once(at(listener.getsockname()[1]), replace(PATIENT, timeout=0.2, body=body))
-        assert (result.reason, result.detail) == ("timeout", "no answer within 0.2 s")
-        assert result.seconds >= 0.2
-
-    async def test_an_endless_stream_is_cut_by_the_timeout(self, probing: Probing, site: Web, body: str | None) -> None:
-        check = replace(PATIENT, path="/endless", timeout=0.2, body=body)
-        assert (await probing.once(await site.tcp(), check)).reason == "timeout"
-
-    async def test_a_reset_is_told_from_a_refusal(
-        self, probing: Probing, raw: Callable[[Handler], Awaitable[Server]], body: str | None
-    ) -> None:
-        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            sock = writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.close()
-
-        assert (await probing.once(await raw(reset), replace(PATIENT, body=body))).reason == "reset"
-
-    @pytest.mark.parametrize("answer", ["", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx"])
-    async def test_a_connection_closed_too_early_is_a_reset(
-        self, probing: Probing, raw: Callable[[Handler], Awaitable[Server]], answer: str, body: str | None
-    ) -> None:
-        result = await probing.once(await raw(answering(answer)), replace(PATIENT, body=body))
-        assert result.reason == "reset"
-        assert ("within the answer" if answer else "without an answer") in result.detail
-
-    @pytest.mark.parametrize("answer", ["SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 abc\r\n\r\n", "\0\x1b[31m\r\n\r\n"])
-    async def test_garbage_is_an_error_with_a_phrase_of_one_printable_line(
-        self, probing: Probing, raw: Callable[[Handler], Awaitable[Server]], answer: str, body: str | None
-    ) -> None:
-        result = await probing.once(await raw(answering(answer)), replace(PATIENT, body=body))
-        assert result.reason == "error"
-        assert result.detail.startswith("the answer is not HTTP: ")
-        assert result.detail.isprintable()
-
-    async def test_an_interim_answer_is_passed_over(
-        self, probing: Probing, raw: Callable[[Handler], Awaitable[Server]], body: str | None
-    ) -> None:
-        answer = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx"
-        assert (await probing.once(await raw(answering(answer)), replace(PATIENT, body=body))).detail == "status 200"
+async def test_any_of_several_headers_of_one_name_will_do(probing: Probing, raw: Raw, body: str | None) -> None:
+    server = await raw.start(answering("HTTP/1.1 200 OK\r\nVia: a\r\nvia:\tb c\r\n\r\nx"))
+    assert (await probing.once(server, replace(PATIENT, header="Via: b c", body=body))).reason == "ok"
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for app.example, with its key in the same file."""
-    path = tmp_path_factory.mktemp("tls") / "app.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=app.example -addext"
-    made = subprocess.run(
-        [*command.split(), "subjectAltName=DNS:app.example", "-keyout", "-", "-out", "-"],
-        check=True,
-        capture_output=True,
-    )
-    path.write_bytes(made.stdout)
-    return path
+async def test_status_header_and_body_are_judged_in_this_order(probing: Probing, site: Web) -> None:
+    server = await site.tcp()
+    for check, reason in [
+        (replace(PATIENT, statuses=((503, 503),), header="No", body="no"), "status"),
+        (replace(PATIENT, header="No", body="no"), "header"),
+        (replace(PATIENT, header="X-Role", body="no"), "body"),
+        (replace(PATIENT, header="X-Role", body="well"), "ok"),
+    ]:
+        assert (await probing.once(server, check)).reason == reason
 
 
-async def test_an_https_check_verifies_name_and_authority(probing: Probing, site: Web, certificate: Path) -> None:
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate)
-    names: list[str | None] = []
-    tls.sni_callback = lambda _, name, __: names.append(name)
-    server = await site.tcp(tls)
-    https = replace(PATIENT, type="https")
-    known = replace(https, ca_file=str(certificate))
+async def test_a_body_that_is_compressed_against_our_wish_is_not_unpacked(probing: Probing, site: Web) -> None:
+    result = await probing.once(await site.tcp(), replace(PATIENT, path="/gzip", body="is well"))
+    assert (result.reason, result.detail) == ("body", '"is well" is not in the body, which is gzip')
+    assert site.site.requests[0].headers["Accept-Encoding"] == "identity"
 
-    for check in (replace(known, server_name="app.example"), replace(known, host="app.example:8443", body="well")):
-        result = await probing.once(server, check)
-        assert (result.reason, result.detail) == ("ok", "status 200"), result
-        assert names[-1] == "app.example"
-    for check in (known, replace(known, server_name="other.example"), replace(https, server_name="app.example")):
-        result = await probing.once(server, check)
-        assert (result.ok, result.reason) == (False, "tls")
-    assert (await probing.once(server, replace(https, verify=False))).ok
-    assert (await probing.once(await site.tcp(), https)).reason == "tls"
+
+@pytest.mark.parametrize("body", [None, "x"])
+async def test_an_interim_answer_is_passed_over(probing: Probing, raw: Raw, body: str | None) -> None:
+    answer = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx"
+    assert (await probing.once(await raw.start(answering(answer)), replace(PATIENT, body=body))).detail == "status 200"
 
 
 async def test_probes_follow_each_other_at_the_interval(probing: Probing, site: Web) -> None:
@@ -346,16 +157,14 @@ async def test_a_server_that_changes_in_weight_only_keeps_its_rhythm(probing: Pr
     assert (await probing.until(3))[2].reason == "status"
 
 
-async def test_a_probe_under_way_that_is_dropped_says_nothing(
-    probing: Probing, raw: Callable[[Handler], Awaitable[Server]]
-) -> None:
+async def test_a_probe_under_way_that_is_dropped_says_nothing(probing: Probing, raw: Raw) -> None:
     asked: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
 
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         asked.put_nowait(writer)
 
-    probing.prober.set_targets({KEY: Target(await raw(hold), PATIENT)})
+    probing.prober.set_targets({KEY: Target(await raw.start(hold), PATIENT)})
     first = await asked.get()
     probing.prober.probe_now(*KEY)
     second = await asked.get()
@@ -370,6 +179,65 @@ async def test_a_probe_under_way_that_is_dropped_says_nothing(
     assert len(probing.results) == 1
 
 
+async def test_another_pace_leaves_a_probe_under_way_alone(probing: Probing, raw: Raw) -> None:
+    asked: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.put_nowait(writer)
+
+    server = await raw.start(hold)
+    check = replace(PATIENT, fast_interval=0.1)
+    probing.prober.set_targets({KEY: Target(server, check)})
+    first = await asked.get()
+    probing.prober.set_targets({KEY: Target(server, check, Pace.FAST)})
+    first.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert (await probing.until(1))[0].ok
+    (await asked.get()).close()  # and the next one comes at the new pace
+
+
+@pytest.mark.parametrize("pace", [Pace.FAST, Pace.DOWN])
+async def test_another_pace_shortens_the_wait_at_once_and_ends_with_it(probing: Probing, site: Web, pace: Pace) -> None:
+    server, other = await site.tcp(), ("app", "other")
+    check = replace(PATIENT, interval=600, fast_interval=0.1, down_interval=0.1)
+
+    def at_pace(pace: Pace) -> None:
+        probing.prober.set_targets({KEY: Target(server, check, pace), other: Target(server, FAST)})
+
+    def count(name: str) -> int:
+        return sum(result.server == name for result in probing.results)
+
+    at_pace(Pace.STEADY)
+    await probing.until(1)
+    at_pace(pace)
+    await probing.when(lambda: count("one") >= 4)
+    at_pace(Pace.STEADY)
+    ended = count("one")
+    seen = count("other")
+    await probing.when(lambda: count("other") >= seen + 5)
+    assert count("one") <= ended + 1  # that for which it waited already
+
+
+async def test_a_pace_without_an_interval_of_its_own_changes_nothing(probing: Probing, site: Web) -> None:
+    server, other = await site.tcp(), ("app", "other")
+    for pace in (Pace.STEADY, Pace.FAST, Pace.DOWN):
+        probing.prober.set_targets(
+            {KEY: Target(server, replace(PATIENT, interval=6e5), pace), other: Target(server, FAST)}
+        )
+        seen = len(probing.results)
+        await probing.until(seen + 3)
+    assert [result.server for result in probing.results].count("one") == 1
+
+
+async def test_the_second_probes_of_many_servers_do_not_fall_together(probing: Probing, site: Web) -> None:
+    server = await site.tcp()
+    check = replace(FAST, interval=1.0, jitter=0.0)
+    probing.prober.set_targets({("app", str(number)): Target(server, check) for number in range(40)})
+    await probing.until(80)
+    seconds = [round(began / GRID[0]) for began in probing.began[40:80]]
+    assert len(set(seconds)) >= 5
+
+
 async def test_probing_what_is_no_target_does_nothing(probing: Probing) -> None:
     probing.prober.probe_now("app", "nobody")
     await probing.prober.close()
@@ -382,7 +250,7 @@ async def test_want_of_file_descriptors_is_not_the_servers_fault(
     server = await site.tcp()
     logged: asyncio.Queue[str] = asyncio.Queue()
     log = Mock(warning=lambda event, **values: logged.put_nowait(values["error"]))
-    monkeypatch.setattr("controller.adapters.probe._log", log)
+    monkeypatch.setattr("controller.adapters.probe.prober._log", log)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     next_free = os.dup(0)
     os.close(next_free)

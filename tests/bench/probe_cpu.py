@@ -21,7 +21,7 @@ from typing import IO, cast
 
 import psutil
 
-from controller.adapters.probe import HttpProber
+from controller.adapters.probe import NetProber
 from controller.core.events import ProbeResult
 from controller.core.model import Server
 from controller.ports import Check, Target
@@ -92,7 +92,7 @@ async def _probe(ports: list[int], seconds: float, kind: str) -> ProbeCost:
     def count(result: ProbeResult) -> None:
         results[result.ok] += 1
 
-    prober = HttpProber(count)
+    prober = NetProber(count)
     check = Check(type=kind, interval=1.0, timeout=1.0)
     addresses = {f"127.0.0.1:{port}": port for port in ports}
     prober.set_targets(
