@@ -52,6 +52,7 @@ def agent(raw: Raw) -> Agent:
         (b"75%,maxconn:30,maint,stopped\n", "75%,maxconn:30,maint,stopped", False),
         (b"down up\n", "down up", True),
         (b"up what down\n", "up what down", False),
+        (b"what up\n", "what up", True),
     ],
 )
 async def test_the_words_are_told_and_judged(probing: Probing, agent: Agent, line: bytes, words: str, ok: bool) -> None:
@@ -60,6 +61,14 @@ async def test_the_words_are_told_and_judged(probing: Probing, agent: Agent, lin
     assert probing.said == [words]
     assert (result.ok, result.reason) == (ok, "ok" if ok else "status")
     assert result.detail == words if ok else result.detail.startswith("the agent says ")
+
+
+@pytest.mark.parametrize("line", [b"hello\n", b"\n", b"# up\n", b"\0\xff\n"])
+async def test_a_line_without_a_known_word_is_no_agents(probing: Probing, agent: Agent, line: bytes) -> None:
+    agent.words = line
+    result = await probing.once(await agent.start(), AGENT)
+    assert (result.ok, result.reason) == (False, "error")
+    assert result.detail == f"the agent says no word that is known: {''.join(probing.said)}"
 
 
 async def test_what_it_wants_to_hear_is_sent_first(probing: Probing, agent: Agent) -> None:

@@ -6,13 +6,11 @@ import asyncio
 import re
 
 from controller.adapters.probe.common import Endpoint, Fault, closed, connect, phrase
+from controller.core.agent import said
+from controller.core.model import Agent
 
 LINE_LIMIT = 1024
 """Bytes of the line; a longer one is not taken."""
-
-
-_DOWN = ("down", "fail", "stopped")
-_WORD = re.compile("|".join(("[0-9]+%", "maxconn:[0-9]+", "ready", "drain", "maint", "up", *_DOWN)))
 
 
 async def ask(endpoint: Endpoint) -> str:
@@ -31,18 +29,16 @@ async def ask(endpoint: Endpoint) -> str:
                 break
     if not heard:
         raise closed(begun=False)
-    words = phrase(heard.partition(b"\n")[0], LINE_LIMIT)
-    if not any(map(_WORD.fullmatch, _split(words))):
-        raise Fault("error", f"the agent says no word that is known: {words[:120]}")
-    return words
+    return phrase(heard.partition(b"\n")[0], LINE_LIMIT)
 
 
-def refusal(words: str) -> str:
-    """The word by which the agent calls its server down, empty where it does not. The last one holds."""
-    said = [word for word in _split(words) if word in ("up", *_DOWN)]
-    return said[-1] if said and said[-1] in _DOWN else ""
+def verdict(words: str) -> tuple[str, str]:
+    """Reason and phrase of events.ProbeResult for these words as a check of their own.
 
-
-def _split(words: str) -> list[str]:
-    """What follows a `#` says why."""
-    return re.split("[ ,]+", words.partition("#")[0].lower())
+    They fail when they call the server down, and when none of them is known, for then this is no agent.
+    """
+    if down := said(Agent(), words)[0].down:
+        return "status", f"the agent says {down}"[:120]
+    if all(said(Agent(), word)[1] for word in re.split("[ ,]+", words.partition("#")[0]) if word):
+        return "error", f"the agent says no word that is known: {words}"[:120]
+    return "ok", words[:120]

@@ -107,8 +107,7 @@ class NetProber:
             if detail != watch.words:
                 watch.words = detail
                 self._emit(AgentSaid(upstream, server, detail))
-            if down := agent.refusal(detail):
-                reason, detail = "status", f"the agent says {down}"
+            reason, detail = agent.verdict(detail)
         if not beside:
             self._emit(ProbeResult(upstream, server, reason == "ok", reason, detail, seconds))
 
