@@ -161,6 +161,25 @@ def test_once_they_are_merged_nginx_takes_the_adoption_and_release_asks_for_them
     assert site.changed() == {"etc/conf.d/00-lua.conf"}
 
 
+def test_a_bucket_size_of_the_users_own_stays_and_ours_is_left_out(site: Site) -> None:
+    path = write(site, "conf.d/00-hash.conf", "proxy_headers_hash_bucket_size 512;\n")
+    wanted = adopt.adoption(settings(site))
+    assert any(note.startswith(f"{path}:1: to hide Sermant's marks") for note in wanted.notes)
+    carry_out(site, wanted)
+    assert "proxy_headers_hash_bucket_size 1024" not in site.include.read_text()
+    write(site, "conf.d/00-hash.conf", "proxy_headers_hash_bucket_size 1024;\n")
+    assert not any("Sermant" in note for note in adopt.adoption(settings(site)).notes)
+
+
+def test_a_block_that_hides_headers_of_its_own_is_said_once(site: Site) -> None:
+    hides = "proxy_hide_header X-One; proxy_hide_header X-Two;"
+    own = f"{hides} location / {{ {hides} proxy_hide_header X-Headgate-Offline; }}"
+    path = write(site, "conf.d/hides.conf", f"server {{ listen 127.0.0.1:1; {own} }}\n")
+    notes = [note for note in adopt.adoption(settings(site)).notes if "proxy_hide_header" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{path}:1: this proxy_hide_header replaces ours")
+
+
 def test_code_in_a_file_of_its_own_is_looked_into(site: Site) -> None:
     code = write(site, "init.lua", "cache = {}")
     path = write(site, "conf.d/00-lua.conf", f"init_worker_by_lua_file '{code}';")

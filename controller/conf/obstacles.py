@@ -15,6 +15,7 @@ from controller.conf.tree import Node, calls
 _LOG = ("log_by_lua", "log_by_lua_block", "log_by_lua_file")
 _PASSES = ("proxy_pass", "fastcgi_pass", "uwsgi_pass", "scgi_pass", "grpc_pass", "memcached_pass")
 _ONCE = {"init_by_lua": "init", "init_worker_by_lua": "init_worker", "log_by_lua": "log"}
+_BUCKET, _BUCKET_SIZE = "proxy_headers_hash_bucket_size", 1024
 _HEADGATE = re.compile(r"""require\s*\(?\s*(["'])headgate\1""")
 
 
@@ -47,6 +48,7 @@ def find(root: Node, include: str, lua: str, code: dict[str, str]) -> Found:
         for node in http.find("lua_code_cache"):
             if node.args == ("off",):
                 found.general.append(f"{node.place}: lua_code_cache off forgets what Headgate knows; take it out")
+        _hides(http, include, found)
         for upstream in http.own("upstream"):
             if reason := next(_of_upstream(upstream), None):
                 found.upstreams[" ".join(upstream.args)] = reason
@@ -108,6 +110,23 @@ def _once(http: Node, include: str, lua: str, code: dict[str, str], found: Found
             continue
         message = f"{node.place}: http has a lua_package_path of its own, and nginx takes one; put in front of it: "
         found.general.append(f"{message}{lua}/?.lua;{lua}/?/init.lua;")
+
+
+def _hides(http: Node, include: str, found: Found) -> None:
+    """What keeps the marks, by which a server says that it goes offline, from being hidden from clients."""
+    for node in http.own(_BUCKET):
+        if node.place.file == include:
+            continue
+        found.taken.add(_BUCKET)
+        if not node.args[:1] or not node.args[0].isdigit() or int(node.args[0]) < _BUCKET_SIZE:
+            found.notes.append(f"{node.place}: to hide Sermant's marks from clients, {_BUCKET} must be {_BUCKET_SIZE}")
+    for block in dict.fromkeys(node.outer for node in http.find("proxy_hide_header")):
+        hidden = block.own("proxy_hide_header") if block and block is not http else []
+        if hidden and not any(node.args[:1] == ("X-Headgate-Offline",) for node in hidden):
+            found.notes.append(
+                f"{hidden[0].place}: this proxy_hide_header replaces ours, so clients would see it when a server marks "
+                "itself offline; add: proxy_hide_header X-Headgate-Offline;"
+            )
 
 
 def _of_upstream(upstream: Node) -> Iterator[str]:
