@@ -382,8 +382,9 @@ class Runtime:
         if self.state.groups is not before.groups:
             self._prober.set_targets(
                 {
-                    (name, server.key): Target(server, self._check_for(name), _pace(group.peers[server.key]))
+                    (name, server.key): Target(server, check, _pace(group.peers[server.key]))
                     for name, group in self.state.groups.items()
+                    for check in (self._check_for(name),)
                     for server in group.upstream.servers
                     if group.peers[server.key].admin is not Admin.MAINT
                 }

@@ -476,7 +476,12 @@ class Tables(_Table):
     def policy(self) -> Policy:
         """These settings as the core takes them."""
         return Policy(
-            health=HealthPolicy(self.check.rise, self.check.fall, **self.health.model_dump()),
+            health=HealthPolicy(
+                self.check.rise,
+                self.check.fall,
+                **self.health.model_dump(),
+                agent=self.agent.port is not None or self.check.type == "agent",
+            ),
             warm_up=WarmUpPolicy(**self.warm_up.model_dump()),
             drain=DrainPolicy(**self.drain.model_dump()),
             rollout=RolloutPolicy(**self.rollout.model_dump()),
@@ -499,6 +504,18 @@ class Settings(_Table):
     log: Log = Log()
     defaults: Tables = Tables()
     upstream: dict[str, Tables] = {}
+
+    @model_validator(mode="after")
+    def _fits_the_plane(self) -> Self:
+        if self.nginx.data_plane == "reload":
+            for name, tables in {"defaults": self.defaults, **self.upstream}.items():
+                place = name if tables is self.defaults else f"upstream.{name}"
+                for key, set_to in (("balance.method", tables.balance.method), ("sticky.cookie", tables.sticky.cookie)):
+                    if set_to:
+                        raise ValueError(
+                            f'{place}.{key} = "{set_to}" needs the Lua data plane; take out this, or data_plane'
+                        )
+        return self
 
     @property
     def journal(self) -> Path:
@@ -569,7 +586,8 @@ def build(raw: Mapping[str, Any], environ: Mapping[str, str], source: str) -> Se
             loc = tuple(str(part) for part in each["loc"])
             if not _inherited(loc, own):
                 variable = next((name for key, name in variables.items() if key[: len(loc)] == loc), None)
-                lines.append(f"{variable or source}: {'.'.join(loc)}: {_sentence(each, loc)}")
+                place = f"{'.'.join(loc)}: " if loc else ""
+                lines.append(f"{variable or source}: {place}{_sentence(each, loc)}")
         raise SettingsError("\n".join(lines)) from None
 
 
@@ -608,7 +626,7 @@ def _fitting(table: Mapping[str, Any], kind: object) -> dict[str, Any]:
 
 def _inherited(loc: tuple[str, ...], own: Mapping[str, Any]) -> bool:
     """Whether this error of an upstream is one of the defaults, which is reported there."""
-    table: object = own.get(loc[1]) if loc[0] == "upstream" and len(loc) > 2 else None
+    table: object = own.get(loc[1]) if loc[:1] == ("upstream",) and len(loc) > 2 else None
     for part in loc[2:4]:
         if not isinstance(table, dict):
             return False

@@ -273,3 +273,16 @@ def _at(model: object, path: str) -> object:
     for part in path.split("."):
         model = getattr(model, part)
     return model
+
+
+@pytest.mark.parametrize(
+    ("toml", "place"),
+    [
+        ('[upstream.app.sticky]\ncookie = "route"', "upstream.app.sticky.cookie"),
+        ('[defaults.balance]\nmethod = "ewma"', "defaults.balance.method"),
+    ],
+)
+def test_what_only_the_lua_plane_can_do_is_refused_on_the_other(toml: str, place: str) -> None:
+    read(toml)
+    with pytest.raises(SettingsError, match=rf"{place} = .* needs the Lua data plane"):
+        read(f'[nginx]\ndata_plane = "reload"\n{toml}')

@@ -99,7 +99,7 @@ class HealthPolicy:
 
     Below the share `panic` of servers that are up, health is ignored (0: only when none is). A server whose health
     changed more than `flaps` times (0: never) within `flap_window` seconds rests for `flap_hold`, longer each time,
-    at most `flap_cap`.
+    at most `flap_cap`. Without an `agent` nothing holds that one said before.
     """
 
     rise: int = 2
@@ -111,6 +111,7 @@ class HealthPolicy:
     flap_window: float = 60.0
     flap_hold: float = 30.0
     flap_cap: float = 300.0
+    agent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

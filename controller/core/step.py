@@ -28,7 +28,9 @@ from controller.core.events import (
     TrafficSeen,
     WarmUpWished,
 )
-from controller.core.model import Admin, Change, Group, Peer, Plane, State, Step, Upstream, WarmUp
+from controller.core.model import Admin, Agent, Change, Group, Peer, Plane, State, Step, Upstream, WarmUp
+
+_SILENT = Agent()
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
@@ -174,7 +176,10 @@ def _join(state: State, upstream: Upstream) -> Group:
     else:
         known = {key: peer for (name, key), peer in state.stored.items() if name == upstream.name}
     newcomer = Peer(incumbent=not known)
-    return replace(group, upstream=upstream, peers={s.key: known.get(s.key, newcomer) for s in upstream.servers})
+    peers = {server.key: known.get(server.key, newcomer) for server in upstream.servers}
+    if not upstream.policy.health.agent:
+        peers = {k: p if p.agent == _SILENT else replace(p, agent=_SILENT) for k, p in peers.items()}
+    return replace(group, upstream=upstream, peers=peers)
 
 
 def _config_failed(state: State, event: ConfigFailed) -> tuple[State, list[Effect]]:

@@ -23,6 +23,8 @@ Record = Mapping[str, Any]
 STAGES: Mapping[str, str] = {
     "find": "finding its master",
     "drain": "taken out of the balancer",
+    "notify": "telling its consumers",
+    "sessions": "finishing its sessions",
     "empty": "finishing its requests",
     "settle": "a moment of quiet",
     "terminate": "TERM to its master",

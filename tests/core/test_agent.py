@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controller.core import agent
 from controller.core.events import AgentSaid, ConfigRead
 from controller.core.model import Admin, Agent, Warmth
-from tests.core.world import A, B, C, World, upstream
+from tests.core.world import POLICY, A, B, C, World, upstream
 
 CLEAR = Agent()
 
@@ -123,3 +125,14 @@ def say(world: World, key: str, words: str) -> World:
 def world_up() -> World:
     world = World().configure()
     return world.probe(A, times=2).probe(B, times=2).probe(C, times=2)
+
+
+def test_when_no_agent_is_asked_any_more_nothing_holds_that_one_said() -> None:
+    world = world_up()
+    say(world, A, "25% maint maxconn:3")
+    asked = replace(POLICY, health=replace(POLICY.health, agent=True))
+    world.configure(upstream(policy=asked))
+    assert world.peer(A).agent.admin is Admin.MAINT
+    world.configure(upstream(policy=POLICY))
+    assert world.peer(A).agent == CLEAR
+    assert world.entry(A)["state"] == "up"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from controller.conf.parse import Cache, ConfSyntaxError, ServerLine, Tree, UpstreamBlock, digest, parse
-from controller.core.model import BalancePolicy, Place, Policy, Server, Upstream
+from controller.core.model import BalancePolicy, Place, Policy, Server, StickyPolicy, Upstream
 from controller.core.table import places
 from controller.ports import ConfigError, NginxConfig
 
@@ -159,7 +159,7 @@ class NginxFiles:
     def _upstream(self, block: UpstreamBlock, servers: tuple[Server, ...]) -> Upstream:
         policy = self._policy_for(block.name)
         if not block.hooked:
-            policy = replace(policy, balance=BalancePolicy())
+            policy = replace(policy, balance=BalancePolicy(), sticky=StickyPolicy())
         hashed = block.method == "hash"
         upstream = Upstream(
             block.name,
