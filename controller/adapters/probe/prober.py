@@ -11,6 +11,7 @@ import structlog
 from controller.adapters.probe import agent, grpc, http
 from controller.adapters.probe.common import Endpoint, connect, reason_of
 from controller.core.events import AgentSaid, ProbeResult
+from controller.core.model import Server
 from controller.ports import Check, Pace, Target
 
 GRID = (0.05, 0.2)
@@ -33,6 +34,7 @@ class NetProber:
 
     def __init__(self, emit: Callable[[ProbeResult | AgentSaid], None]) -> None:
         self._emit = emit
+        self._targets: dict[tuple[str, str], Target] = {}
         self._watches: dict[_Key, _Watch] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -41,19 +43,14 @@ class NetProber:
 
         Another pace shortens the wait for the next probe at once, and never cancels one that is under way.
         """
-        wanted: dict[_Key, tuple[Endpoint, Pace]] = {}
+        before, self._targets = self._targets, dict(targets)
+        for upstream, server in before.keys() - targets.keys():
+            self._stop((upstream, server, False))
+            self._stop((upstream, server, True))
         for key, target in targets.items():
-            wanted[*key, False] = Endpoint.of(target.server, target.check), target.pace
-            if target.check.agent:
-                wanted[*key, True] = Endpoint.of(target.server, target.check.agent), target.pace
-        for gone in self._watches.keys() - wanted.keys():
-            self._stop(gone)
-        for name, (endpoint, pace) in wanted.items():
-            watch = self._watches.get(name)
-            if watch and watch.endpoint == endpoint:
-                watch.keep(pace)
-            else:
-                self._start(name, endpoint, pace)
+            if before.get(key) != target:
+                self._aim((*key, False), target.server, target.check, target.pace)
+                self._aim((*key, True), target.server, target.check.agent, target.pace)
 
     def probe_now(self, upstream: str, server: str) -> None:
         """Drop a probe under way, if any, and probe this target at once."""
@@ -65,6 +62,16 @@ class NetProber:
         """Cancel everything and wait for it."""
         self.set_targets({})
         await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def _aim(self, key: _Key, server: Server, check: Check | None, pace: Pace) -> None:
+        if check is None:
+            self._stop(key)
+            return
+        endpoint, watch = Endpoint.of(server, check), self._watches.get(key)
+        if watch and watch.endpoint == endpoint:
+            watch.keep(pace)
+        else:
+            self._start(key, endpoint, pace)
 
     def _start(self, key: _Key, endpoint: Endpoint, pace: Pace) -> None:
         self._stop(key)
