@@ -41,18 +41,23 @@ def unix(path: Path) -> Server:
 class Gunicorns:
     """Starts masters, and knows all that they became by a mark in their environment: daemons and USR2 too."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, applications: str = "tests.support.apps") -> None:
         self.directory = directory
+        self.applications = applications
         self.seen = directory / "seen"
         self._mark = secrets.token_hex(8)
         self._children: list[subprocess.Popen[bytes]] = []
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"HEADGATE_TEST": self._mark, "HEADGATE_TEST_SEEN": str(self.seen), "PYTHONPATH": str(ROOT)}
+        return {
+            "HEADGATE_TEST": self._mark,
+            "HEADGATE_TEST_SEEN": str(self.seen),
+            "PYTHONPATH": f"{ROOT}:{self.directory}",
+        }
 
     def command(self, bind: str, *options: str, worker: str = SYNC, python: str = sys.executable) -> list[str]:
-        application = "tests.support.apps:" + ("asgi" if worker == UVICORN else "wsgi")
+        application = f"{self.applications}:" + ("wsgi" if worker in (SYNC, GTHREAD) else "asgi")
         control = ["--no-control-socket"] if python == sys.executable else []  # unknown before 25.1
         common = ["--bind", bind, "--worker-class", worker, "--graceful-timeout", "20", *control]
         return [python, "-m", "gunicorn", *common, *options, application]
