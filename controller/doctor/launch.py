@@ -191,6 +191,10 @@ def _judge(known: dict[str, object], hidden: list[str], directories: Sequence[st
     module, _, kind = name.rpartition(".")
     if module in ("uvicorn.workers", "uvicorn_worker", "uvicorn_worker._workers"):
         return Reading(known, True, keep_alive, None, tuple(hidden))
+    if module == "controller.integration.worker":
+        graceful = known.get("graceful_timeout")
+        own = float(max(1, graceful - 1)) if isinstance(graceful, int) else inf
+        return Reading(known, True, keep_alive, own, tuple(hidden))
     worker = _class(module, kind, directories, file)
     if worker is None:
         hidden.append(f"the source of its worker class {name} is not found")

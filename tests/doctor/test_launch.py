@@ -136,6 +136,7 @@ class Other:
         ("gthread", (False, 2.0, None)),
         ("uvicorn.workers.UvicornWorker", (True, 2.0, None)),
         ("uvicorn_worker.UvicornWorker", (True, 2.0, None)),
+        ("controller.integration.worker.UvicornWorker", (True, 2.0, 29.0)),
         ("own.workers.Mended", (True, 2.0, 25.0)),
         ("own.workers.Called", (True, 70.0, 25.0)),
         ("own.workers.Computed", (True, 2.0, inf)),

@@ -80,7 +80,8 @@ def uvicorn_graceful(facts: Facts) -> Iterator[Found]:
             app.subject,
             app.where,
             f"the uvicorn {told}; gunicorn kills them, and every request that they have, after {graceful:g} s",
-            "use a subclass of uvicorn_worker.UvicornWorker with CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, "
+            "gunicorn --worker-class controller.integration.worker.UvicornWorker; or a subclass of "
+            "uvicorn_worker.UvicornWorker with CONFIG_KWARGS = {**UvicornWorker.CONFIG_KWARGS, "
             f'"timeout_graceful_shutdown": {max(1, int(graceful) - 5)}}}',
         )
 
