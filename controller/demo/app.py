@@ -1,4 +1,4 @@
-"""The demo's FastAPI application, and the gunicorn worker that lets it finish what it has. WSGI twin: wsgi.py."""
+"""The demo's FastAPI application. WSGI twin: wsgi.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
+
+from controller.integration.asgi import Offline
 
 SERVER = os.environ.get("APP_SERVER", "unnamed")
 EVENT_INTERVAL = 0.25
@@ -37,6 +38,8 @@ class Named:
 
 app = FastAPI(title="Headgate demo", docs_url=None, redoc_url=None, openapi_url=None)
 app.add_middleware(Named)
+# nginx reads the mark in a response, so nobody needs to be refused (docs/application.md).
+app.add_middleware(Offline, refuse=False)
 
 
 @app.get("/fast")
@@ -83,15 +86,3 @@ async def healthz() -> Response:
 async def who() -> dict[str, Any]:
     """Say which server and which worker process this is."""
     return {"server": SERVER, "pid": os.getpid()}
-
-
-class Worker(UvicornWorker):  # type: ignore[misc]
-    """uvicorn's worker, with gunicorn's graceful_timeout handed on to uvicorn.
-
-    Without that uvicorn waits for its requests without limit, and gunicorn kills it in the middle of them. uvicorn
-    gives up a second earlier than gunicorn kills, so that it is uvicorn that ends what is left.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - 1)

@@ -42,11 +42,17 @@ GRACEFUL_TIMEOUT = 15
 # Begun each second, whatever the rate: so about 4 slow requests and 6 streams are under way at any time.
 LONG = {"slow": 1.5, "stream": 1.2}
 
+UVICORN_WORKER = "controller.integration.worker.UvicornWorker"
 WORKERS: Mapping[str, Sequence[str]] = {
     "sync": ("--worker-class", "sync", "--workers", "8", "controller.demo.wsgi:app"),
     "gthread": ("--worker-class", "gthread", "--workers", "2", "--threads", "12", "controller.demo.wsgi:app"),
-    "uvicorn": ("--worker-class", "controller.demo.app.Worker", "--workers", "2", "controller.demo.app:app"),
+    "uvicorn": ("--worker-class", UVICORN_WORKER, "--workers", "2", "controller.demo.app:app"),
 }
+
+GUNICORN_CONF = """\
+from controller.integration.gunicorn import configure
+configure(globals(), headgate={socket!r})
+"""
 
 NGINX_CONF = """\
 {user}worker_processes 2;
@@ -271,7 +277,7 @@ class Stage:
         self.settings = self.prefix / "headgate.toml"
         self.client = Client(str(self.prefix / "api.sock"))
         self._write()
-        servers = [self._start_server(port) for port in ports]
+        servers = [self.start_server(address) for address in self.addresses]
         self.nginx = self._start_nginx()
         for address, server in zip(self.addresses, servers, strict=True):
             self._answers(address, server, self._server_log(address))
@@ -387,6 +393,7 @@ class Stage:
         (self.prefix / "nginx.conf").write_text(conf)
         (self.prefix / "headgate.conf").write_bytes(self._include())
         self.settings.write_text(self._toml())
+        (self.prefix / "gunicorn.conf.py").write_text(GUNICORN_CONF.format(socket=str(self.prefix / "api.sock")))
 
     def _include(self) -> bytes:
         """What nginx includes in http{}: the Lua data plane, or the version that the reload plane proves itself by."""
@@ -451,15 +458,16 @@ environment = {{ APP_SERVER = "{{address}}" }}
         return [
             *(sys.executable, "-m", "gunicorn", "--bind", address, "--pid", str(self.prefix / f"app-{port}.pid")),
             *("--graceful-timeout", str(GRACEFUL_TIMEOUT), "--timeout", str(2 * GRACEFUL_TIMEOUT)),
-            *("--keep-alive", "5", "--no-control-socket", *WORKERS[self.worker]),
+            *("--keep-alive", "5", "--no-control-socket"),
+            *("--config", str(self.prefix / "gunicorn.conf.py"), *WORKERS[self.worker]),
         ]
 
     def _server_log(self, address: str) -> Path:
         return self.prefix / f"app-{address.rpartition(':')[2]}.log"
 
-    def _start_server(self, port: int) -> subprocess.Popen[bytes]:
-        address = f"127.0.0.1:{port}"
-        command = self._start_command(address, str(port))
+    def start_server(self, address: str) -> subprocess.Popen[bytes]:
+        """Start the gunicorn master of this address, as a process supervisor would."""
+        command = self._start_command(address, address.rpartition(":")[2])
         return self.spawn(command, self._server_log(address), environment={"APP_SERVER": address})
 
     def _start_nginx(self) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def members(prefix: Path) -> list[psutil.Process]:
 
 
 def sweep(prefix: Path, patience: float = PATIENCE) -> None:
-    """End the stage's processes (TERM, after `patience` seconds KILL), wait until all are gone, delete its files."""
+    """End the stage's processes (asked, after `patience` seconds KILL), wait until all are gone, delete its files."""
     asked: set[psutil.Process] = set()
     deadline = time.monotonic() + patience
     while here := members(prefix):
@@ -43,7 +44,8 @@ def sweep(prefix: Path, patience: float = PATIENCE) -> None:
                 if late:
                     process.kill()
                 elif process not in asked:  # one may have been started meanwhile, by the daemon
-                    process.terminate()
+                    # At TERM gunicorn would wait for the daemon, which ends as well.
+                    process.send_signal(signal.SIGINT if "gunicorn" in process.cmdline() else signal.SIGTERM)
         asked.update(here)
         psutil.wait_procs(here, timeout=0.2)
     shutil.rmtree(prefix, ignore_errors=True)

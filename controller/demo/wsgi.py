@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
+from controller.integration.wsgi import Offline
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
@@ -17,7 +19,7 @@ SERVER = os.environ.get("APP_SERVER", "unnamed")
 EVENT_INTERVAL = 0.25
 
 
-def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Answer one request."""
     status, media, headers, body = "200 OK", "text/plain; charset=utf-8", [("X-Served-By", SERVER)], b""
     match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
@@ -41,6 +43,10 @@ def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[byt
             status, body = "404 Not Found", b"not found\n"
     start_response(status, [("Content-Type", media), ("Content-Length", str(len(body))), *headers])
     return [body]
+
+
+# nginx reads the mark in a response, so nobody needs to be refused (docs/application.md).
+app = Offline(answer, refuse=False)
 
 
 def _seconds(environ: WSGIEnvironment, default: float) -> float:

@@ -33,7 +33,7 @@ def test_a_new_server_line_joins_cold_and_a_removed_one_leaves(stage: Stage) -> 
     address = f"127.0.0.1:{port}"
     workers = stage.nginx_workers()
     with traffic(stage):
-        stage._start_server(port)
+        stage.start_server(f"127.0.0.1:{port}")
         conf.write_text(
             good.replace(f"server {stage.addresses[0]};", f"server {stage.addresses[0]}; server {address};")
         )
