@@ -28,7 +28,7 @@ from controller.adapters.store.sqlite import SqliteStore
 from controller.adapters.watch import Watcher
 from controller.api.serve import ApiServer, read_token
 from controller.conf.parse import digest
-from controller.core.model import Policy
+from controller.core.policy import Policy
 from controller.errors import HeadgateError, SettingsError
 from controller.ports import Check, Clock, DataPlane
 from controller.runtime import Runtime

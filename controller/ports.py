@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from controller.core.events import Note
-from controller.core.model import Change, Master, Peer, ProcessPolicy, Server, Upstream
+from controller.core.model import Change, Master, Peer, Server, Upstream
+from controller.core.policy import ProcessPolicy
 from controller.errors import HeadgateError
 
 

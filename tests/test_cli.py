@@ -19,7 +19,7 @@ import pytest
 import typer.main
 
 from controller.cli import app
-from controller.core.model import WarmUpPolicy
+from controller.core.policy import WarmUpPolicy
 from tests.support.house import APP, POLICY, House
 
 FIRST, SECOND, THIRD = (server.key for server in APP.servers)

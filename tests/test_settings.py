@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from controller import settings
-from controller.core.model import Policy, ProcessPolicy, WarmUpPolicy
+from controller.core.policy import Policy, ProcessPolicy, WarmUpPolicy
 from controller.errors import SettingsError
 from controller.ports import Check
 from controller.settings import Settings, build, load

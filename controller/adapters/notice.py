@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import aiohttp
 
-from controller.core.model import NoticePolicy
+from controller.core.policy import NoticePolicy
 
 BACK_OFF = (0.1, 1.0)
 """Seconds before the second try, twice as long before each further one, and at most."""

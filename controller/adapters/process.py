@@ -17,7 +17,8 @@ from controller.adapters import gunicorn, procfs
 from controller.adapters.launch import Attempt, CommandAttempt, UnitAttempt
 from controller.adapters.pidfd import Identity, is_alive, send, wait_gone
 from controller.adapters.systemd import Unit
-from controller.core.model import Master, ProcessPolicy, Server
+from controller.core.model import Master, Server
+from controller.core.policy import ProcessPolicy
 from controller.ports import ProcessError
 
 _POLL = 0.05  # seconds; nobody is told when a socket begins to listen

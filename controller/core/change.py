@@ -28,7 +28,6 @@ from controller.core.model import (
     ChangeStatus,
     Group,
     Health,
-    Policy,
     Refused,
     State,
     Step,
@@ -36,6 +35,7 @@ from controller.core.model import (
     StepState,
     Warmth,
 )
+from controller.core.policy import Policy
 
 OFFLINE = (
     StepName.FIND,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 from controller.core.events import PeerSeen
-from controller.core.model import DrainPolicy
+from controller.core.policy import DrainPolicy
 
 _BLIND = 5.0  # seconds past the deadline in which nginx may still say that the server is empty
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from controller.core import flapping, table
 from controller.core.events import Effect, Note, TrafficSeen
-from controller.core.model import Ejection, Group, OutlierPolicy, Peer, Quarantine, State
+from controller.core.model import Ejection, Group, Peer, Quarantine, State
+from controller.core.policy import OutlierPolicy
 
 MARK = "mark"
 _DRIFT = 1.0  # seconds by which two readings of the same end may differ

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from controller.core.model import HealthPolicy, Peer, Quarantine
+from controller.core.model import Peer, Quarantine
+from controller.core.policy import HealthPolicy
 
 KIND = "flapping"
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core.model import Health, HealthPolicy, Peer, WarmUp
+from controller.core.model import Health, Peer, WarmUp
+from controller.core.policy import HealthPolicy
 
 
 def observe(peer: Peer, ok: bool, reason: str, policy: HealthPolicy, phi: float | None = None) -> Peer:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from controller.core import table, traffic, warmup
 from controller.core.events import Effect, Note, TrafficSeen
-from controller.core.model import Group, Peer, Readings, Routing, Server, State, Traffic, Warmth, WarmUp, WarmUpPolicy
+from controller.core.model import Group, Peer, Readings, Routing, Server, State, Traffic, Warmth, WarmUp
+from controller.core.policy import WarmUpPolicy
 
 _ERRORS = 0.01  # an error rate that is worse by less is no reason to hold
 _LATENCY = 0.01  # seconds; the same for the mean response time

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from controller.core import table, traffic, warmup
 from controller.core.events import Effect, Note, TrafficSeen
-from controller.core.model import Group, OutlierPolicy, Quarantine, Readings, State, Traffic
+from controller.core.model import Group, Quarantine, Readings, State, Traffic
+from controller.core.policy import OutlierPolicy
 
 KIND = "outlier"
 LEAST_RATE = 0.01  # by which a success rate must be worse

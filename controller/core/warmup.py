@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from controller.core.model import Warmth, WarmUp, WarmUpPolicy
+from controller.core.model import Warmth, WarmUp
+from controller.core.policy import WarmUpPolicy
 
 _DRIFT = 1.0  # seconds by which our reckoning may differ from nginx's before we follow it
 _RAMPING = frozenset({Warmth.WAITING, Warmth.RUNNING, Warmth.HELD})

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from controller.core import warmup
-from controller.core.model import WarmUpPolicy
+from controller.core.policy import WarmUpPolicy
 from controller.demo.load import FAILURES
 
 Tick = Mapping[str, Any]

@@ -31,7 +31,7 @@ import controller
 from controller.adapters.nginx.lua import render_include
 from controller.adapters.nginx.verify import version_include
 from controller.client import Client
-from controller.core.model import WarmUpPolicy
+from controller.core.policy import WarmUpPolicy
 from controller.demo.sweep import MARK, sweep
 from controller.errors import DaemonUnreachable, HeadgateError
 from controller.resources import lua_dir, nginx_dir

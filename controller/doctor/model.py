@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from controller.conf.parse import ConfSyntaxError, UpstreamBlock
 from controller.conf.tree import EMPTY, Node, calls
-from controller.core.model import ProcessPolicy, Server
+from controller.core.model import Server
+from controller.core.policy import ProcessPolicy
 from controller.settings import DEFAULT_FILE, Settings
 
 # --- facts ------------------------------------------------------------------------------------------------------

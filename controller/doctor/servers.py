@@ -16,7 +16,8 @@ from controller.adapters import gunicorn, procfs
 from controller.adapters.nginx.files import lookup
 from controller.adapters.process import NotListening, Processes, fill
 from controller.conf.parse import ServerLine
-from controller.core.model import Place, ProcessPolicy, Server
+from controller.core.model import Place, Server
+from controller.core.policy import ProcessPolicy
 from controller.doctor import launch
 from controller.doctor.model import App, Facts, Found, PidFile, is_address
 from controller.ports import ProcessError

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from controller.core.model import (
+from controller.core.policy import (
     BalancePolicy,
     DrainPolicy,
     HealthPolicy,

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from controller.core.model import Policy
+from controller.core.policy import Policy
 from controller.ports import Check
 from controller.settings.tables import Tables
 from controller.settings.values import (

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from controller.adapters.nginx.files import NginxFiles, lookup
-from controller.core.model import BalancePolicy, Group, Peer, Place, Policy, Server, State, WarmUpPolicy
+from controller.core.model import Group, Peer, Place, Server, State
+from controller.core.policy import BalancePolicy, Policy, WarmUpPolicy
 from controller.core.table import table
 from controller.ports import ConfigError, NginxConfig
 

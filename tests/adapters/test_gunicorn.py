@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from controller.adapters.process import NotListening, Processes
-from controller.core.model import ProcessPolicy
+from controller.core.policy import ProcessPolicy
 from controller.ports import ProcessError
 from tests.support.gunicorn import (
     UVICORN,
@@ -327,7 +327,7 @@ async def test_a_started_master_outlives_the_daemon(gunicorns):
     script.write_text(
         "import asyncio\n"
         "from controller.adapters.process import Processes\n"
-        "from controller.core.model import ProcessPolicy\n"
+        "from controller.core.policy import ProcessPolicy\n"
         "from tests.support.gunicorn import tcp\n"
         f"command = {tuple(gunicorns.command(server.address, '--access-logfile', '-'))!r}\n"
         f"start = Processes().start('app', tcp({server.port}), ProcessPolicy(start=command))\n"

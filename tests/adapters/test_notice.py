@@ -15,7 +15,8 @@ import pytest
 from controller.adapters import notice as adapter
 from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep
-from controller.core.model import Group, NoticePolicy, Policy, ProcessPolicy, Server, StepName, Upstream
+from controller.core.model import Group, Server, StepName, Upstream
+from controller.core.policy import NoticePolicy, Policy, ProcessPolicy
 from controller.stages import carry_out
 
 NOTICE = Notice("app", "web:8001@127.0.0.1", "127.0.0.1", 8001, "c0ffee", 1795171498.5)

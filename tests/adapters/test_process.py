@@ -19,7 +19,8 @@ import pytest
 from controller.adapters import procfs
 from controller.adapters.pidfd import is_alive, send, wait_gone
 from controller.adapters.process import Processes, fill
-from controller.core.model import Master, ProcessPolicy, Server
+from controller.core.model import Master, Server
+from controller.core.policy import ProcessPolicy
 from controller.ports import ProcessError
 from tests.support.gunicorn import Gunicorns, eventually, free_port, get, tcp, unix
 
@@ -152,7 +153,7 @@ async def test_what_may_not_be_looked_into_is_an_error_that_names_the_capability
     script = (
         "import asyncio, concurrent.futures.thread, os, sys\n"
         "from controller.adapters.process import Processes\n"
-        "from controller.core.model import ProcessPolicy\n"
+        "from controller.core.policy import ProcessPolicy\n"
         "from controller.ports import ProcessError\n"
         "from tests.support.gunicorn import tcp\n"
         "policy = ProcessPolicy(pid_file=sys.argv[2] or None)\n"

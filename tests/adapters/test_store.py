@@ -307,7 +307,7 @@ _SAVER = """
     import asyncio, sys
     from controller.adapters.store.sqlite import SqliteStore
     from controller.core.events import Note
-    from controller.core.model import Change, ChangeKind, Peer, Step, StepName
+    from controller.core.model import (Change, ChangeKind, Peer, Step, StepName)
     from controller.ports import Delta
 
     async def main():

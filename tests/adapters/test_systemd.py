@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from controller.adapters.process import Processes
-from controller.core.model import ProcessPolicy
+from controller.core.policy import ProcessPolicy
 from controller.ports import ProcessError
 from tests.support.container import PYTHON, ROOT, Container, missing, wheelhouse
 from tests.support.gunicorn import free_port, tcp
@@ -34,7 +34,8 @@ DEAF = "[Service]\nExecStart=/bin/sleep 1000\n"
 # What every scenario begins with.
 BEGIN = """
 from controller.adapters.process import Processes
-from controller.core.model import ProcessPolicy, Server
+from controller.core.model import (Server)
+from controller.core.policy import (ProcessPolicy)
 from controller.ports import ProcessError
 import os, pathlib, subprocess, time
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.watch import Watcher
-from controller.core.model import Policy
+from controller.core.policy import Policy
 from controller.ports import ConfigError
 
 HOUR = 3600.0

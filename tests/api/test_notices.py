@@ -14,7 +14,8 @@ import requests
 
 from controller.api.app import MAX_BODY
 from controller.client import Client
-from controller.core.model import NoticePolicy, Server, Upstream, WarmUpPolicy
+from controller.core.model import Server, Upstream
+from controller.core.policy import NoticePolicy, WarmUpPolicy
 from tests.adapters.test_notice import OK, answers, consumer
 from tests.support.house import APP, NAMED, POLICY, House
 

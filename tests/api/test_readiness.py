@@ -11,7 +11,7 @@ import requests
 
 from controller.api.serve import ListenError, bind_tcp
 from controller.client import Client
-from controller.core.model import WarmUpPolicy
+from controller.core.policy import WarmUpPolicy
 from tests.support.house import APP, POLICY, House
 
 FIRST, SECOND, THIRD = (server.key for server in APP.servers)

@@ -15,21 +15,18 @@ from controller.core import table
 from controller.core.model import (
     Admin,
     Agent,
-    BalancePolicy,
     Ejection,
     Group,
     Health,
-    HealthPolicy,
     Peer,
-    Policy,
     Quarantine,
     Server,
     State,
     Upstream,
     Warmth,
     WarmUp,
-    WarmUpPolicy,
 )
+from controller.core.policy import BalancePolicy, HealthPolicy, Policy, WarmUpPolicy
 from controller.ports import Counters, PeerCounters
 
 NOW = 1000.0

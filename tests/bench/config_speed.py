@@ -19,7 +19,7 @@ import psutil
 from controller.adapters.nginx.files import NginxFiles
 from controller.adapters.watch import QUIET, Watcher
 from controller.client import Client
-from controller.core.model import Policy
+from controller.core.policy import Policy
 from controller.demo.stage import until
 from controller.errors import HeadgateError
 

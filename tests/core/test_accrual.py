@@ -8,7 +8,8 @@ import pytest
 
 from controller.core import accrual
 from controller.core.events import ConfigRead, ProbeResult, Ticked
-from controller.core.model import Health, HealthPolicy
+from controller.core.model import Health
+from controller.core.policy import HealthPolicy
 from tests.core.world import POLICY, A, B, World, upstream
 
 ACCRUAL = replace(POLICY, health=HealthPolicy(rise=2, fall=3, detector="accrual", flaps=0))

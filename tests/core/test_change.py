@@ -17,19 +17,8 @@ from controller.core.events import (
     StepDone,
     StepFailed,
 )
-from controller.core.model import (
-    Admin,
-    ChangeKind,
-    ChangeStatus,
-    DrainPolicy,
-    Health,
-    Policy,
-    Refused,
-    StepName,
-    StepState,
-    Warmth,
-    WarmUpPolicy,
-)
+from controller.core.model import Admin, ChangeKind, ChangeStatus, Health, Refused, StepName, StepState, Warmth
+from controller.core.policy import DrainPolicy, Policy, WarmUpPolicy
 from tests.core.world import POLICY, A, B, C, World, upstream
 
 

@@ -23,13 +23,13 @@ from controller.core.model import (
     Ejection,
     Health,
     Peer,
-    Policy,
     Quarantine,
     Refused,
     StepName,
     Upstream,
     Warmth,
 )
+from controller.core.policy import Policy
 from tests.core.world import POLICY, A, B, C, World, server, upstream
 
 D = "127.0.0.1:8004"

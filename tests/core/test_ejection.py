@@ -8,7 +8,8 @@ import pytest
 
 from controller.core import table
 from controller.core.events import ChangeWished, PlaneSeen, Restored, TrafficSeen
-from controller.core.model import Admin, ChangeKind, Ejection, QuarantinePolicy, Refused, Traffic
+from controller.core.model import Admin, ChangeKind, Ejection, Refused, Traffic
+from controller.core.policy import QuarantinePolicy
 from tests.core.world import POLICY, A, B, C, World, upstream
 
 

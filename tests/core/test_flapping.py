@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from controller.core import table
 from controller.core.events import AgentSaid, ProbeResult
-from controller.core.model import Admin, Health, HealthPolicy, Peer, Routing, Server, Warmth
+from controller.core.model import Admin, Health, Peer, Routing, Server, Warmth
+from controller.core.policy import HealthPolicy
 from controller.core.table import routing_of
 from tests.core.world import POLICY, A, B, C, World, upstream
 

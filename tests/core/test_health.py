@@ -6,7 +6,8 @@ import pytest
 
 from controller.core import health
 from controller.core.events import ConfigRead
-from controller.core.model import Admin, Health, HealthPolicy, Peer, Warmth
+from controller.core.model import Admin, Health, Peer, Warmth
+from controller.core.policy import HealthPolicy
 from tests.core.world import A, B, C, World, upstream
 
 POLICY = HealthPolicy(rise=2, fall=3)

@@ -8,16 +8,8 @@ import pytest
 
 from controller.core import hold, table
 from controller.core.events import ConfigRead, PeerSeen, TrafficSeen
-from controller.core.model import (
-    ChangeKind,
-    ChangeStatus,
-    Policy,
-    StepName,
-    Traffic,
-    Upstream,
-    Warmth,
-    WarmUpPolicy,
-)
+from controller.core.model import ChangeKind, ChangeStatus, StepName, Traffic, Upstream, Warmth
+from controller.core.policy import Policy, WarmUpPolicy
 from tests.core.world import POLICY, A, B, C, World, server, upstream
 
 RAMP = WarmUpPolicy(duration=100.0, starts="healthy")

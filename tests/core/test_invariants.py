@@ -32,19 +32,16 @@ from controller.core.model import (
     ChangeKind,
     ChangeStatus,
     Ejection,
-    HealthPolicy,
     Master,
-    OutlierPolicy,
     Peer,
-    Policy,
     Refused,
     Routing,
     State,
     StepState,
     Traffic,
     Warmth,
-    WarmUpPolicy,
 )
+from controller.core.policy import HealthPolicy, OutlierPolicy, Policy, WarmUpPolicy
 from controller.core.step import step
 from tests.core.world import POLICY, A, B, C, upstream
 

@@ -17,21 +17,8 @@ from controller.core.events import (
     Restored,
     Ticked,
 )
-from controller.core.model import (
-    Admin,
-    ChangeKind,
-    ChangeStatus,
-    Health,
-    NoticePolicy,
-    Policy,
-    QuarantinePolicy,
-    Refused,
-    State,
-    StepName,
-    StepState,
-    StickyPolicy,
-    Warmth,
-)
+from controller.core.model import Admin, ChangeKind, ChangeStatus, Health, Refused, State, StepName, StepState, Warmth
+from controller.core.policy import NoticePolicy, Policy, QuarantinePolicy, StickyPolicy
 from controller.core.step import step
 from tests.core.world import POLICY, A, B, C, World, upstream
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from controller.core.events import TrafficSeen
-from controller.core.model import Admin, HealthPolicy, OutlierPolicy, Traffic, WarmUpPolicy
+from controller.core.model import Admin, Traffic
+from controller.core.policy import HealthPolicy, OutlierPolicy, WarmUpPolicy
 from tests.core.world import POLICY, A, B, World, server, upstream
 
 OUTLIERS = replace(POLICY, outlier=OutlierPolicy(), warm_up=WarmUpPolicy(duration=0), health=HealthPolicy(flaps=0))

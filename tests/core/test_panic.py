@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from controller.core.events import AgentSaid
-from controller.core.model import Admin, Health, HealthPolicy
+from controller.core.model import Admin, Health
+from controller.core.policy import HealthPolicy
 from tests.core.world import POLICY, World, server, upstream
 
 KEYS = [f"127.0.0.1:{port}" for port in range(8001, 8005)]

@@ -9,23 +9,8 @@ from pathlib import Path
 import pytest
 
 from controller.core import table
-from controller.core.model import (
-    Admin,
-    BalancePolicy,
-    Group,
-    Health,
-    OutlierPolicy,
-    Peer,
-    Policy,
-    QuarantinePolicy,
-    Routing,
-    State,
-    StickyPolicy,
-    Upstream,
-    Warmth,
-    WarmUp,
-    WarmUpPolicy,
-)
+from controller.core.model import Admin, Group, Health, Peer, Routing, State, Upstream, Warmth, WarmUp
+from controller.core.policy import BalancePolicy, OutlierPolicy, Policy, QuarantinePolicy, StickyPolicy, WarmUpPolicy
 from tests.core.world import A, B, C, server
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tables"

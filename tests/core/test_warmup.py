@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.core import warmup
-from controller.core.model import Warmth, WarmUp, WarmUpPolicy
+from controller.core.model import Warmth, WarmUp
+from controller.core.policy import WarmUpPolicy
 
 RUNNING = WarmUp(Warmth.RUNNING, 0.0, 0.0, epoch=1)
 

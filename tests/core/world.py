@@ -20,23 +20,8 @@ from controller.core.events import (
     StepDone,
     Ticked,
 )
-from controller.core.model import (
-    Admin,
-    Change,
-    ChangeKind,
-    DrainPolicy,
-    HealthPolicy,
-    Master,
-    Peer,
-    Policy,
-    ProcessPolicy,
-    RolloutPolicy,
-    Server,
-    State,
-    StepName,
-    Upstream,
-    WarmUpPolicy,
-)
+from controller.core.model import Admin, Change, ChangeKind, Master, Peer, Server, State, StepName, Upstream
+from controller.core.policy import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, RolloutPolicy, WarmUpPolicy
 from controller.core.step import step
 
 POLICY = Policy(

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from controller.core.model import StepName, WarmUpPolicy
+from controller.core.model import StepName
+from controller.core.policy import WarmUpPolicy
 from controller.demo import report
 from controller.demo.load import FAILURES
 

@@ -8,7 +8,8 @@ import pytest
 
 from controller.core import table
 from controller.core.events import ConfigRead, Event, PlaneSeen, ProbeResult, TrafficSeen
-from controller.core.model import OutlierPolicy, Server, State, Traffic, Upstream, Warmth, WarmUpPolicy
+from controller.core.model import Server, State, Traffic, Upstream, Warmth
+from controller.core.policy import OutlierPolicy, WarmUpPolicy
 from controller.core.step import step
 from tests.core.world import POLICY
 from tests.lua.house import Backend, Edge, edge, eventually

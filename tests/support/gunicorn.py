@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from controller.core.model import ProcessPolicy, Server
+from controller.core.model import Server
+from controller.core.policy import ProcessPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 SYNC, GTHREAD, UVICORN = "sync", "gthread", "uvicorn_worker.UvicornWorker"

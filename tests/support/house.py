@@ -14,16 +14,8 @@ from typing import Any, TypeVar
 from controller.adapters.store.sqlite import SqliteStore
 from controller.api.serve import ApiServer
 from controller.core.events import Event, ProbeResult
-from controller.core.model import (
-    DrainPolicy,
-    HealthPolicy,
-    Master,
-    Policy,
-    ProcessPolicy,
-    Server,
-    Upstream,
-    WarmUpPolicy,
-)
+from controller.core.model import Master, Server, Upstream
+from controller.core.policy import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, WarmUpPolicy
 from controller.ports import (
     Check,
     ConfigError,

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from controller.conf.parse import Cache, ConfSyntaxError, ServerLine, Tree, UpstreamBlock, digest, parse
-from controller.core.model import BalancePolicy, Place, Policy, Server, StickyPolicy, Upstream
+from controller.core.model import Place, Server, Upstream
+from controller.core.policy import BalancePolicy, Policy, StickyPolicy
 from controller.core.table import places
 from controller.ports import ConfigError, NginxConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from controller.core.model import ProcessPolicy
+from controller.core.policy import ProcessPolicy
 from controller.doctor.model import App, Facts, Found, Severity, check
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
