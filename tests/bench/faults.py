@@ -107,7 +107,7 @@ def strike(fault: signal.Signals) -> list[Cost]:
     return costs
 
 
-def flap(swings: int = 12, half: float = 1.5) -> Changes:
+def flap(swings: int = 12, half: float = 2.5) -> Changes:
     """Stop and continue a server `swings` times, `half` seconds each way; count the changes of its health."""
     with Stage("gthread", warm_up=0, settings=SETTINGS, failover=True) as stage, _peer(stage) as proxy:
         address = stage.addresses[0]
