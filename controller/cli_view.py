@@ -40,7 +40,7 @@ _EJECTED = {
 def console(file: IO[str] | None = None) -> Console:
     """A console for this file (default standard output): colours and the window's width only on a terminal."""
     file = file or sys.stdout
-    return Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else _WIDE)
+    return Console(file=file, highlight=False, markup=False, soft_wrap=True, width=None if file.isatty() else _WIDE)
 
 
 def status(answer: Json) -> RenderableType:

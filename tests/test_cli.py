@@ -176,11 +176,13 @@ def test_a_rollout_prints_each_step_and_ends_in_a_table_of_them(house: House) ->
 
 
 def test_a_failed_restart_exits_with_1_and_says_why(house: House) -> None:
-    house.processes.broken = "gunicorn ended with 1: no module named app"
+    house.processes.broken = "gunicorn ended with 1: see [upstream.app.process]"
     done = headgate(house, "restart", "app", FIRST)
     assert done.returncode == 1
-    assert "no module named app" in done.stdout.splitlines()[-1]
     assert "failed" in done.stdout
+    shown = headgate(house, "changes", "1").stdout
+    assert shown.count(house.processes.broken) == 2, "brackets are text, in the table as in the last line"
+    assert house.processes.broken in shown.splitlines()[-1]
 
 
 def test_without_waiting_a_change_says_how_to_follow_it(house: House) -> None:
