@@ -4,7 +4,8 @@
     ├── SettingsError       headgate.toml: names the key
     ├── ApiError            the daemon answered with the one error shape
     ├── DaemonUnreachable   no daemon at the socket
-    ├── (controller.ports)  PlaneUnreachable, PlaneRefused, ProcessError, ConfigError, StoreError
+    ├── (controller.ports)  PlaneUnreachable, PlaneRefused, ProcessError, HookError, ConfigError,
+    │                       StoreError
     ├── (api/serve.py)      ListenError
     ├── (nginx/writer.py)   Changed, CheckFailed, WriteFailed
     ├── (nginx/verify.py)   ReloadFailed

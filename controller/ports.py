@@ -121,6 +121,10 @@ class ProcessError(HeadgateError):
     """A process could not be found, verified, signalled or started."""
 
 
+class HookError(HeadgateError):
+    """A hook that must not fail has failed; nothing secret stands in the message."""
+
+
 class ProcessControl(Protocol):
     """One server's process. Every call may be repeated after a crash of the daemon."""
 

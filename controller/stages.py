@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+from controller.adapters.hooks import call
 from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep, StepDone
 from controller.core.model import Group, StepName
+from controller.core.policy import HookPolicy
 from controller.ports import ProcessControl, ProcessError
 
 
 async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl, at: float) -> StepDone:
-    """Do it and report; ProcessError. Each may be repeated after a crash.
+    """Do it and report; ProcessError, HookError. Each may be repeated after a crash.
 
     `group` is the job's upstream as it is now, None where nginx.conf has lost it; `at` is seconds since the epoch.
     """
@@ -21,6 +23,9 @@ async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl
         message = f"{job.upstream}: {job.server} or its process settings are gone"
         raise ProcessError(message, "see `headgate status`")
     name, master = job.name, job.master
+    hooks = group.upstream.policy.hooks if group else HookPolicy()
+    if name in (StepName.BEFORE_DRAIN, StepName.AFTER_DRAIN, StepName.AFTER_UP):
+        return StepDone(job.change, job.step, await call(getattr(hooks, name), job.upstream, server))
     if name is StepName.NOTIFY and group:
         notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
         return StepDone(job.change, job.step, await notify(group.upstream.policy.notices, notice))

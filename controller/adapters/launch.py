@@ -23,7 +23,7 @@ from controller.ports import ProcessError
 _MARK = "HEADGATE_START"
 _LINES, _BYTES = 20, 8192  # of output in an error
 # What systemd tells the daemon about itself would mislead a server that speaks to systemd too, as gunicorn does.
-_OURS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+OURS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class Attempt(Protocol):
@@ -92,7 +92,7 @@ class CommandAttempt:
     ) -> CommandAttempt:
         """Run `command`, appending what it prints to `log`; ProcessError where it cannot be run at all."""
         mark = secrets.token_hex(8)
-        inherited = {name: value for name, value in os.environ.items() if name not in _OURS}
+        inherited = {name: value for name, value in os.environ.items() if name not in OURS}
         try:
             # A file and not a pipe: a pipe would break when the daemon ends.
             output: BinaryIO = open(log, "a+b", 0) if log else tempfile.TemporaryFile("a+b", 0)  # noqa: ASYNC230, SIM115

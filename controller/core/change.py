@@ -39,16 +39,18 @@ from controller.core.policy import Policy
 
 OFFLINE = (
     StepName.FIND,
+    StepName.BEFORE_DRAIN,
     StepName.DRAIN,
     StepName.NOTIFY,
     StepName.SESSIONS,
     StepName.EMPTY,
+    StepName.AFTER_DRAIN,
     StepName.SETTLE,
     StepName.TERMINATE,
     StepName.EXIT,
     StepName.KILL,
 )
-ONLINE = (StepName.START, StepName.UP, StepName.WARM, StepName.HOLD)
+ONLINE = (StepName.START, StepName.UP, StepName.AFTER_UP, StepName.WARM, StepName.HOLD)
 
 #: The steps of each kind of change, for each of its servers, in order.
 STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
@@ -59,14 +61,29 @@ STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
     ChangeKind.ROLLOUT: OFFLINE + ONLINE,
 }
 
+_HOOKS = frozenset({StepName.BEFORE_DRAIN, StepName.AFTER_DRAIN, StepName.AFTER_UP})
+
 #: Steps that an adapter carries out; the others are judged here, from what is seen.
-BY_ADAPTER = frozenset(
-    {StepName.FIND, StepName.NOTIFY, StepName.TERMINATE, StepName.EXIT, StepName.KILL, StepName.START}
-)
+BY_ADAPTER = _HOOKS | {
+    StepName.FIND,
+    StepName.NOTIFY,
+    StepName.TERMINATE,
+    StepName.EXIT,
+    StepName.KILL,
+    StepName.START,
+}
 
 #: Steps before which a server has not been told to stop: when one of them fails, it gets back what it had.
 _REVERSIBLE = frozenset(
-    {StepName.DRAIN, StepName.NOTIFY, StepName.SESSIONS, StepName.EMPTY, StepName.SETTLE, StepName.TERMINATE}
+    {
+        StepName.DRAIN,
+        StepName.NOTIFY,
+        StepName.SESSIONS,
+        StepName.EMPTY,
+        StepName.AFTER_DRAIN,
+        StepName.SETTLE,
+        StepName.TERMINATE,
+    }
 )
 _ENDED = frozenset({StepState.DONE, StepState.FAILED, StepState.SKIPPED})
 _KEPT = 50  # ended changes that stay in memory; the store has them all
@@ -113,6 +130,7 @@ def _steps_of(kind: ChangeKind, policy: Policy) -> tuple[StepName, ...]:
         off.add(StepName.NOTIFY)
     if not policy.sticky.cookie:
         off.add(StepName.SESSIONS)
+    off |= {name for name in _HOOKS if not getattr(policy.hooks, name)}
     return tuple(name for name in STEPS[kind] if name not in off)
 
 
@@ -217,6 +235,12 @@ def fail(state: State, event: StepFailed, now: float) -> State:
     change = state.changes.get(event.change)
     if change is None or change.steps[event.step].state is not StepState.RUNNING:
         return state
+    step = change.steps[event.step]
+    if step.name in _HOOKS and _has(state, change, step.server):
+        down = state.groups[change.upstream].peers[step.server].health is Health.DOWN
+        if change.forced or (down and step.name is not StepName.AFTER_UP):
+            why = "as it is forced" if change.forced else "as the server is down"
+            return _settle(state, change, event.step, StepState.DONE, f"{event.message}; proceeding {why}", now)
     return _fail(state, change, event.step, event.message, now)
 
 
@@ -430,13 +454,16 @@ def _settle(state: State, change: Change, at: int, outcome: StepState, detail: s
 def _fail(state: State, change: Change, at: int, why: str, now: float) -> State:
     """The step has failed: its server's later steps are skipped, and a server not yet told to stop gets back its place.
 
-    An operator's own drain is the exception: the server stays out, for that is what was asked.
+    An operator's own drain is the exception: the server stays out, for that is what was asked. Where hooks were called
+    since the server would leave, and it stays, those of `after_up` are called.
     """
     step = change.steps[at]
     ended = replace(
         step, state=StepState.FAILED, started=now if step.started is None else step.started, ended=now, detail=why
     )
     steps = _skip(_with(change.steps, at, ended), step.server, "", now)
+    if (step.name in _REVERSIBLE or step.name is StepName.BEFORE_DRAIN) and _has(state, change, step.server):
+        steps = _call_back(steps, step.server, bool(state.groups[change.upstream].upstream.policy.hooks.after_up))
     state = _put(state, replace(change, steps=steps, error=change.error or f"{step.server}: {step.name}: {why}"))
     if step.name in _REVERSIBLE and change.kind is not ChangeKind.DRAIN and _has(state, change, step.server):
         found = _of(change, step.server, StepName.DRAIN).admin
@@ -477,6 +504,17 @@ def _skip(
         else s
         for s in steps
     )
+
+
+def _call_back(steps: tuple[Step, ...], server: str, hooks: bool) -> tuple[Step, ...]:
+    """Steps that end by calling `after_up`, where the server's `before_drain` has been called."""
+    mine = {step.name: at for at, step in enumerate(steps) if step.server == server}
+    told = mine.get(StepName.BEFORE_DRAIN)
+    if not hooks or told is None or steps[told].started is None:
+        return steps
+    again = Step(StepName.AFTER_UP, server, steps[told].batch)
+    at = mine.get(StepName.AFTER_UP)
+    return (*steps, again) if at is None else _with(steps, at, again)
 
 
 def _of(change: Change, server: str, name: StepName) -> Step:

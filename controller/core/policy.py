@@ -102,6 +102,35 @@ class NoticePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Hook:
+    """One call to the outside: an HTTP request, or a program where there is a `command`.
+
+    `requests` are (method, URL). They are asked in turn until one answers with a status in one of the inclusive ranges
+    `statuses`, which together is one of `tries`; each has `timeout` seconds. A command is run once, within `timeout`.
+    `on_failure` is `abort`, which fails the step, or `proceed`. Texts may hold `{upstream} {address} {host} {port}`;
+    URLs, headers and bodies also `{env:NAME}` and `{file:/path}`.
+    """
+
+    requests: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str = ""
+    statuses: tuple[tuple[int, int], ...] = ((200, 299),)
+    command: tuple[str, ...] = ()
+    tries: int = 3
+    timeout: float = 5.0
+    on_failure: str = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class HookPolicy:
+    """What is called before a server leaves the traffic, when it is empty, and when its probes have passed again."""
+
+    before_drain: tuple[Hook, ...] = ()
+    after_drain: tuple[Hook, ...] = ()
+    after_up: tuple[Hook, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WarmUpPolicy:
     """weight(t) = weight * max(floor, (t / duration) ** curve), full from `duration` on (Envoy, Sermant, HAProxy).
 
@@ -184,3 +213,4 @@ class Policy:
     outlier: OutlierPolicy = OutlierPolicy()
     quarantine: QuarantinePolicy = QuarantinePolicy()
     notices: NoticePolicy = NoticePolicy()
+    hooks: HookPolicy = HookPolicy()

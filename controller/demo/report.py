@@ -22,16 +22,19 @@ Record = Mapping[str, Any]
 
 STAGES: Mapping[str, str] = {
     "find": "finding its master",
+    "before_drain": "calling its hooks",
     "drain": "taken out of the balancer",
     "notify": "telling its consumers",
     "sessions": "finishing its sessions",
     "empty": "finishing its requests",
+    "after_drain": "calling its hooks",
     "settle": "a moment of quiet",
     "terminate": "TERM to its master",
     "exit": "master and workers ending",
     "kill": "killing what is left",
     "start": "starting gunicorn",
     "up": "waiting for its probes",
+    "after_up": "calling its hooks",
     "warm": "warming up",
     "hold": "proving itself",
 }

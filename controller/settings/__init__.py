@@ -147,6 +147,8 @@ def _model_at(loc: tuple[str, ...]) -> type[BaseModel]:
     """The table of the schema that stands at this path."""
     model: type[BaseModel] = Settings
     for part in ("defaults", *loc[2:]) if loc[:1] == ("upstream",) else loc:
+        if part.isdigit():
+            continue  # an entry of a list, whose kind has been found
         annotation = model.model_fields[part].annotation
         model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type))
     return model

@@ -20,6 +20,7 @@ from controller.core.policy import (
     StickyPolicy,
     WarmUpPolicy,
 )
+from controller.settings.hooks import HooksTable
 from controller.settings.values import (
     CookieName,
     Duration,
@@ -286,6 +287,7 @@ class Tables(Table):
     notices: NoticesTable = NoticesTable()
     balance: BalanceTable = BalanceTable()
     sticky: StickyTable = StickyTable()
+    hooks: HooksTable = HooksTable()
 
     @model_validator(mode="after")
     def _one_agent(self) -> Self:
@@ -311,4 +313,5 @@ class Tables(Table):
             outlier=OutlierPolicy(**self.outlier.model_dump()),
             quarantine=QuarantinePolicy(**self.quarantine.model_dump()),
             notices=NoticePolicy(**self.notices.model_dump()),
+            hooks=self.hooks.policy(),
         )

@@ -96,6 +96,28 @@ def _url(text: str) -> str:
     return text
 
 
+def _hook_text(text: str) -> str:
+    for name in re.findall(r"\{(\w+(?::[^{}\s\"']*)?)\}", text):
+        if not re.fullmatch(r"upstream|address|host|port|env:\w+|file:/.+", name):
+            raise ValueError(
+                f"{{{name}}} is no placeholder; there are {{upstream}}, {{address}}, {{host}}, {{port}}, {{env:NAME}} "
+                "and {file:/path}"
+            )
+    return text
+
+
+def _hook_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[!-~]+", url):  # not shown: a URL may hold a secret
+        raise ValueError('this is no URL; begin it with "http://" or "https://", and encode blanks')
+    return _hook_text(url)
+
+
+def _header_name(name: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ValueError(f"{name!r} is no name of a header; use letters, digits and -")
+    return name
+
+
 def _variables(text: str) -> str:
     if text and "$" not in text:
         raise ValueError(f'{text!r} is the same for every request; write a variable of nginx, such as "$remote_addr"')
@@ -133,6 +155,9 @@ Statuses = Annotated[tuple[tuple[int, int], ...], BeforeValidator(_statuses), Fi
 UrlPath = Annotated[str, AfterValidator(_url_path)]
 Header = Annotated[str, AfterValidator(_header)]
 Url = Annotated[str, AfterValidator(_url)]
+HookText = Annotated[str, AfterValidator(_hook_text)]
+HookUrl = Annotated[str, AfterValidator(_hook_url)]
+HeaderName = Annotated[str, AfterValidator(_header_name)]
 Variables = Annotated[str, AfterValidator(_variables)]
 CookieName = Annotated[str, AfterValidator(_token)]
 StoreUrl = Annotated[str, AfterValidator(_store)]
