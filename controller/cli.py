@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from controller import cli_conf, cli_doctor
+from controller import cli_conf, cli_doctor, cli_install, cli_self
 from controller import cli_view as view
 from controller.client import Client, Json
 from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
@@ -42,6 +42,10 @@ _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other se
 _Wait = Annotated[bool, typer.Option("--wait", help="Wait until it has taken effect.")]
 _Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait, with --wait.")]
 _Follow = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
+_Own = Annotated[bool, typer.Option("--self", help="The server of the systemd unit in which this runs (ExecStop=).")]
+_Port = Annotated[
+    int | None, typer.Option("--port", min=1, max=65535, help="With --self: the server is known by this port.")
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="The API's answer as it is.")]
 
 
@@ -112,26 +116,45 @@ def status(
 @app.command()
 def drain(
     context: typer.Context,
-    upstream: _Upstream,
-    server: _Server,
+    upstream: _Upstream = "",
+    server: _Server = "",
     wait: _Wait = False,
     force: _Force = False,
-    timeout: _Timeout = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", min=0, help="Seconds to wait, with --wait; without it 60, with --self drain.timeout."
+        ),
+    ] = None,
+    own: _Own = False,
+    port: _Port = None,
 ) -> None:
     """Send no new request to a server; with --wait, until those under way have ended."""
+    if _is_own(own, upstream, server):
+        cli_self.leave(context.obj, port, wait, timeout)
+        return
     client = _client(context)
     answer = client.set_admin(upstream, server, "drain", force)
     change = answer["change"]
     print(f"{upstream}: {server} drains; no new request reaches it (table {answer['revision']}, change {change})")
     if wait:
-        _follow(client, change, timeout)
+        _follow(client, change, 60.0 if timeout is None else timeout)
 
 
 @app.command()
 def enable(
-    context: typer.Context, upstream: _Upstream, server: _Server, wait: _Wait = False, timeout: _Timeout = 60.0
+    context: typer.Context,
+    upstream: _Upstream = "",
+    server: _Server = "",
+    wait: _Wait = False,
+    timeout: _Timeout = 60.0,
+    own: _Own = False,
+    port: _Port = None,
 ) -> None:
     """Make a server ready again; with --wait, until it gets requests."""
+    if _is_own(own, upstream, server):
+        cli_self.come(context.obj, port)
+        return
     client = _client(context)
     answer = client.set_admin(upstream, server, "ready")
     print(f"{upstream}: {server} is ready (table {answer['revision']})")
@@ -303,6 +326,7 @@ def version() -> None:
 
 cli_doctor.register(app)
 cli_conf.register(app)
+cli_install.register(app)
 
 
 # --- behind the commands ------------------------------------------------------------------------------------------
@@ -317,6 +341,13 @@ def _exit_code(error: HeadgateError) -> int:
         case ApiError(code="guard" | "busy"):
             return REFUSED
     return FAILED
+
+
+def _is_own(own: bool, upstream: str, server: str) -> bool:
+    """Whether the unit's own server is meant, and not one that is named."""
+    if own == bool(server):
+        raise typer.BadParameter("name UPSTREAM and SERVER, or neither and say --self")
+    return own
 
 
 def _settings(context: typer.Context) -> Settings:

@@ -22,8 +22,8 @@ ATTEMPTS = 3
 
 _USAGE = {Reason.NO_UPSTREAM, Reason.NO_SERVER, Reason.BAD_VALUE}
 
-_Diff = Annotated[bool, typer.Option("--diff", help="Only show what would change.")]
-_Yes = Annotated[bool, typer.Option("--yes", help="Ask nothing.")]
+Diff = Annotated[bool, typer.Option("--diff", help="Only show what would change.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Ask nothing.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -37,8 +37,8 @@ def adopt(
     upstreams: Annotated[
         list[str] | None, typer.Argument(metavar="[UPSTREAM]...", help="These; all that can be, without.")
     ] = None,
-    diff: _Diff = False,
-    yes: _Yes = False,
+    diff: Diff = False,
+    yes: Yes = False,
 ) -> None:
     """Put upstreams of nginx.conf under Headgate's care. Needs no daemon."""
     settings = load(context.obj)
@@ -52,7 +52,7 @@ def adopt(
             print("no daemon runs; nginx balances by itself until `headgate run`")
 
 
-def release(context: typer.Context, diff: _Diff = False, yes: _Yes = False) -> None:
+def release(context: typer.Context, diff: Diff = False, yes: Yes = False) -> None:
     """Take everything out of nginx.conf again that adopt put there, byte for byte. Needs no daemon."""
     settings = load(context.obj)
     done = _change(settings, lambda: adoption.release(settings), "Write this and reload nginx?", diff, yes)
@@ -73,8 +73,8 @@ def server(
     force: Annotated[
         bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")
     ] = False,
-    diff: _Diff = False,
-    yes: _Yes = False,
+    diff: Diff = False,
+    yes: Yes = False,
 ) -> None:
     """Add, remove or change a server line, and the traffic with it."""
     settings = load(context.obj)

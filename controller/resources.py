@@ -1,4 +1,4 @@
-"""Where the files that nginx loads are: inside an installed wheel, or at the top level of a checkout."""
+"""Where the files are that nginx and systemd load: inside an installed wheel, or in a checkout."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def lua_dir() -> Path:
 def nginx_dir() -> Path:
     """The directory of nginx include files and examples."""
     return _find("nginx")
+
+
+def systemd_dir() -> Path:
+    """The directory of what `headgate install` writes, with its placeholders."""
+    return _PACKAGE / "systemd"
 
 
 def _find(name: str) -> Path:

@@ -1,14 +1,16 @@
-"""One systemd unit, driven through systemctl. Nothing of sockets and processes belongs here."""
+"""systemd, and one unit of it, driven through systemctl. Nothing of sockets and processes belongs here."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 from dataclasses import dataclass
 
 from controller.ports import ProcessError
 
 _ANSWER = 20.0  # seconds in which systemd answers anything but a start
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Unit:
 
     async def state(self) -> UnitState:
         """What systemd knows of it; ProcessError where it knows no such unit or there is no systemd."""
-        code, text = await _systemctl(_ANSWER, "show", "-p", "LoadState,ActiveState,MainPID", "--", self.name)
+        code, text = await systemctl(_ANSWER, "show", "-p", "LoadState,ActiveState,MainPID", "--", self.name)
         values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
         if code or "LoadState" not in values:
             raise ProcessError(f"systemctl show {self.name}: {text}", "without systemd, configure pid_file or start")
@@ -46,24 +48,27 @@ class Unit:
 
     async def kill(self) -> bool:
         """KILL everything in its control group; False where systemd does not run the unit any more."""
-        code, _ = await _systemctl(_ANSWER, "kill", "--signal=SIGKILL", "--", self.name)
+        code, _ = await systemctl(_ANSWER, "kill", "--signal=SIGKILL", "--", self.name)
         return code == 0
 
     async def report(self) -> str:
         """Its status and last log lines, as `systemctl status` prints them."""
-        _, text = await _systemctl(_ANSWER, "status", "--no-pager", "--full", "--lines=15", "--", self.name)
+        _, text = await systemctl(_ANSWER, "status", "--no-pager", "--full", "--lines=15", "--", self.name)
         return text
 
     async def _do(self, timeout: float, verb: str, *options: str) -> None:
-        code, text = await _systemctl(timeout, verb, *options, "--", self.name)
+        code, text = await systemctl(timeout, verb, *options, "--", self.name)
         if code:
             raise ProcessError(
                 f"systemctl {verb} {self.name}: {text}\n{await self.report()}", "see `systemctl list-jobs`"
             )
 
 
-async def _systemctl(timeout: float, *arguments: str) -> tuple[int, str]:
-    """Exit status and everything that it printed, stripped; 1 and a sentence where it takes longer than `timeout`."""
+async def systemctl(timeout: float, *arguments: str) -> tuple[int, str]:
+    """Exit status and everything that it printed, stripped; 1 and a sentence where it takes longer than `timeout`.
+
+    ProcessError where there is no systemctl.
+    """
     try:
         process = await asyncio.create_subprocess_exec(
             "systemctl",
@@ -85,3 +90,11 @@ async def _systemctl(timeout: float, *arguments: str) -> tuple[int, str]:
             process.kill()
             await process.wait()
     return process.returncode or 0, output.decode(errors="replace").strip()
+
+
+def seconds(text: str) -> float | None:
+    """A time span as `systemctl show` prints it (`1min 30s`), in seconds; None for `infinity` or nothing."""
+    if not re.fullmatch(r"(\d+(\.\d+)?(us|ms|s|min|h|d|w) ?)+", text):
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)(us|ms|s|min|h|d|w)", text)
+    return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))

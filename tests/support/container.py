@@ -52,10 +52,10 @@ class Container:
 
     def __init__(self) -> None:
         _build()
-        # What systemd needs of a container that is not privileged.
+        # What systemd needs of a container that is not privileged, and root to see what others' processes listen on.
         self._container = (
             DockerContainer(IMAGE, _CLIENT)
-            .with_kwargs(network="none", cap_add=["SYS_ADMIN"], security_opt=["seccomp=unconfined"], cgroupns="host")
+            .with_kwargs(network="none", cap_add=["SYS_ADMIN", "SYS_PTRACE"], security_opt=["seccomp=unconfined"], cgroupns="host")
             .with_tmpfs_mount("/run")
             .with_tmpfs_mount("/run/lock")
             .with_volume_mapping("/sys/fs/cgroup", "/sys/fs/cgroup", "rw")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from controller.adapters.systemd import seconds
 from controller.core.policy import ProcessPolicy
 from controller.doctor.model import App, Facts, Found, Severity, check
-
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @check("process-unfit", Severity.SEVERE)
@@ -168,7 +167,7 @@ def unit_unknown(facts: Facts) -> Iterator[Found]:
 def stop_timeout(facts: Facts) -> Iterator[Found]:
     """systemd's TimeoutStopSec is not above the graceful timeout: it kills what is still answering."""
     for app in facts.apps:
-        timeout = _span(facts.units.get(app.unit, {}).get("TimeoutStopUSec", ""))
+        timeout = seconds(facts.units.get(app.unit, {}).get("TimeoutStopUSec", ""))
         graceful = app.number("graceful_timeout")
         if timeout is not None and graceful is not None and timeout <= graceful:
             yield Found(
@@ -215,11 +214,3 @@ def _driven(facts: Facts, app: App) -> Iterator[tuple[str, ProcessPolicy]]:
     for upstream in dict(app.serves):
         if process := facts.process(upstream):
             yield upstream, process
-
-
-def _span(text: str) -> float | None:
-    """systemd's time span as `systemctl show` prints it (`1min 30s`), in seconds; None for `infinity` or nothing."""
-    if not re.fullmatch(r"(\d+(\.\d+)?(us|ms|s|min|h|d|w) ?)+", text):
-        return None
-    parts = re.findall(r"(\d+(?:\.\d+)?)(us|ms|s|min|h|d|w)", text)
-    return float(sum(float(number) * _SECONDS[unit] for number, unit in parts))

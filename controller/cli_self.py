@@ -1,0 +1,111 @@
+"""`drain --self` and `enable --self`: a systemd unit says of its own server that it goes, and that it is back.
+
+They stand in ExecStop= and ExecStartPost= (controller/systemd/application.conf). Whatever goes wrong here must not keep
+the unit from stopping or starting: both take a bounded time, say what is wrong, and end with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from controller.adapters import own
+from controller.adapters.systemd import systemctl
+from controller.client import Client
+from controller.errors import ApiError, HeadgateError
+from controller.settings import load
+
+_LISTENS = 10.0  # seconds in which a started server begins to listen
+_POLL = 0.2  # seconds; nobody is told when a socket begins to listen, or when another server may be spared
+_ANSWER = 5.0  # seconds for systemd
+
+
+def leave(config: str | None, port: int | None, wait: bool, timeout: float | None) -> None:
+    """Announce that this unit's server goes offline; with `wait`, until nothing is in flight.
+
+    The server is what the unit's main process ($MAINPID) listens on, or that of this machine with this `port`. It waits
+    `timeout` seconds at the most, else as long as drain.timeout says. Where no other server serves, and the unit is
+    being restarted and not just stopped, it waits for one: so units that are restarted all at once go in turn.
+    """
+    with _never_in_the_way("it stops without a drain"):
+        settings = load(config)
+        client = Client(settings.api.socket)
+        for address, upstreams in _own(client, port, 0.0).items():
+            longest = max(settings.policy_for(each).drain.timeout for each in upstreams)
+            _offline(client, address, time.monotonic() + (longest if timeout is None else timeout), wait)
+
+
+def come(config: str | None, port: int | None) -> None:
+    """Announce that this unit's server is there again: its quarantine ends and it is probed at once."""
+    with _never_in_the_way("Headgate finds out by itself"):
+        client = Client(load(config).api.socket)
+        for address in _own(client, port, _LISTENS):
+            answer = client.online(address)
+            print(f"{address} is announced and probed (table {answer['revision']})")
+
+
+def _offline(client: Client, address: str, deadline: float, wait: bool) -> None:
+    while True:
+        left = max(0.0, deadline - time.monotonic()) if wait else 0.0
+        try:
+            answer = client.offline(address, why="its unit stops", wait=left)
+        except ApiError as error:
+            if error.code != "guard":
+                raise
+            answer = {"servers": [], "refused": [error.message]}
+        if not (answer["refused"] and left and _restarting()):
+            break
+        time.sleep(_POLL)
+    for each in answer["servers"]:
+        under_way = f"{each['in_flight']} still under way" if each["in_flight"] else "none is under way"
+        print(f"{each['upstream']}: {each['server']} gets no new request (table {answer['revision']}); {under_way}")
+    for message in answer["refused"]:
+        print(f"headgate: {message}", file=sys.stderr)
+
+
+def _own(client: Client, port: int | None, patience: float) -> dict[str, tuple[str, ...]]:
+    """The server that this unit is, with its upstreams; several where it listens on several addresses of nginx's.
+
+    HeadgateError where it is none of them, `patience` seconds long.
+    """
+    serving: dict[str, tuple[str, ...]] = {}
+    for upstream in client.status()["upstreams"]:
+        for server in upstream["servers"]:
+            serving[server["address"]] = (*serving.get(server["address"], ()), upstream["name"])
+    if port is not None:
+        found, who = own.at_port(port, serving), f"port {port} of this machine"
+    else:
+        main = os.environ.get("MAINPID", "")
+        if not main.isdecimal():
+            remedy = "use it in ExecStop= or ExecStartPost=, or name its --port"
+            raise HeadgateError("systemd names no main process (MAINPID)", remedy)
+        who = f"process {main}"
+        deadline = time.monotonic() + patience
+        while not (found := own.served_by(int(main), serving)) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+    if not found:
+        raise HeadgateError(f"{who} is no server of an upstream that Headgate manages", "see `headgate status`")
+    return {address: serving[address] for address in found}
+
+
+def _restarting() -> bool:
+    """Whether systemd will start our unit again as soon as it has stopped."""
+    found = re.search(r"/([^/]+\.service)(?:/|$)", Path("/proc/self/cgroup").read_text("utf-8"), re.MULTILINE)
+    if found is None:
+        return False
+    code, said = asyncio.run(systemctl(_ANSWER, "list-jobs", "--no-legend", "--plain", "--full"))
+    return not code and any(line.split()[1:3] == [found[1], "restart"] for line in said.splitlines())
+
+
+@contextlib.contextmanager
+def _never_in_the_way(then: str) -> Iterator[None]:
+    try:
+        yield
+    except HeadgateError as error:
+        print(f"headgate: {error}; {then}", file=sys.stderr)
