@@ -92,7 +92,7 @@ def install(
     files = tuple(file for file in files if file.changes)
     print("".join(file.shown() for file in files), end="")
     if diff:
-        print(f"{len(files)} files would change" if files else "nothing would change")
+        print(f"would change: {', '.join(str(file.path) for file in files) or 'nothing'}")
         return
     if files and not yes and not typer.confirm("Take this out?" if uninstall else "Write this?"):
         raise HeadgateError("nothing was changed")

@@ -52,18 +52,20 @@ class Container:
 
     def __init__(self) -> None:
         _build()
-        # What systemd needs of a container that is not privileged, and root to see what others' processes listen on.
+        self._booted = (
+            ExecWaitStrategy(["sh", "-c", "systemctl is-system-running | grep -xE 'running|degraded'"])
+            .with_startup_timeout(60)
+            .with_poll_interval(0.1)
+        )
+        # What systemd needs of a container that is not privileged, and root to see what other users' processes do.
+        rights = {"cap_add": ["SYS_ADMIN", "SYS_PTRACE"], "security_opt": ["seccomp=unconfined"], "cgroupns": "host"}
         self._container = (
             DockerContainer(IMAGE, _CLIENT)
-            .with_kwargs(network="none", cap_add=["SYS_ADMIN", "SYS_PTRACE"], security_opt=["seccomp=unconfined"], cgroupns="host")
+            .with_kwargs(network="none", **rights)
             .with_tmpfs_mount("/run")
             .with_tmpfs_mount("/run/lock")
             .with_volume_mapping("/sys/fs/cgroup", "/sys/fs/cgroup", "rw")
-            .waiting_for(
-                ExecWaitStrategy(["sh", "-c", "systemctl is-system-running | grep -xE 'running|degraded'"])
-                .with_startup_timeout(60)
-                .with_poll_interval(0.1)
-            )
+            .waiting_for(self._booted)
         )
         try:
             self._container.start()
@@ -78,6 +80,11 @@ class Container:
         self.run("python3", "-m", "venv", "/opt/headgate")
         install = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "/opt/wheels"]
         self.run(*install, "headgate[demo]")
+
+    def reboot(self) -> None:
+        """Shut it down and boot it again: /run is empty then."""
+        self._container.get_wrapped_container().restart(timeout=60)
+        self._booted.wait_until_ready(self._container)
 
     def copy(self, source: Path, target: str) -> None:
         """Copy a file to a path in it, and make the directories that lead there."""
