@@ -12,12 +12,13 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from controller.adapters import own
 from controller.adapters.systemd import systemctl
-from controller.client import Client
+from controller.client import Client, Json
 from controller.errors import ApiError, HeadgateError
 from controller.settings import load
 
@@ -30,15 +31,18 @@ def leave(config: str | None, port: int | None, wait: bool, timeout: float | Non
     """Announce that this unit's server goes offline; with `wait`, until nothing is in flight.
 
     The server is what the unit's main process ($MAINPID) listens on, or that of this machine with this `port`. It waits
-    `timeout` seconds at the most, else as long as drain.timeout says. Where no other server serves, and the unit is
+    `timeout` seconds at the most, else as long as drain.timeout says. Where no other server serves now, and the unit is
     being restarted and not just stopped, it waits for one: so units that are restarted all at once go in turn.
     """
     with _never_in_the_way("it stops without a drain"):
         settings = load(config)
         client = Client(settings.api.socket)
         for address, upstreams in _own(client, port, 0.0).items():
-            longest = max(settings.policy_for(each).drain.timeout for each in upstreams)
-            _offline(client, address, time.monotonic() + (longest if timeout is None else timeout), wait)
+            if timeout is None:
+                timeout = max(settings.policy_for(each["name"]).drain.timeout for each in upstreams)
+            others = [each for upstream in upstreams for each in upstream["servers"] if each["address"] != address]
+            hope = any(each["admin"] == "ready" for each in others)
+            _offline(client, address, time.monotonic() + timeout if wait else 0.0, hope)
 
 
 def come(config: str | None, port: int | None) -> None:
@@ -50,16 +54,16 @@ def come(config: str | None, port: int | None) -> None:
             print(f"{address} is announced and probed (table {answer['revision']})")
 
 
-def _offline(client: Client, address: str, deadline: float, wait: bool) -> None:
+def _offline(client: Client, address: str, deadline: float, hope: bool) -> None:
     while True:
-        left = max(0.0, deadline - time.monotonic()) if wait else 0.0
+        left = max(0.0, deadline - time.monotonic())
         try:
             answer = client.offline(address, why="its unit stops", wait=left)
         except ApiError as error:
             if error.code != "guard":
                 raise
             answer = {"servers": [], "refused": [error.message]}
-        if not (answer["refused"] and left and _restarting()):
+        if not (answer["refused"] and left and hope and _restarting()):
             break
         time.sleep(_POLL)
     for each in answer["servers"]:
@@ -69,15 +73,15 @@ def _offline(client: Client, address: str, deadline: float, wait: bool) -> None:
         print(f"headgate: {message}", file=sys.stderr)
 
 
-def _own(client: Client, port: int | None, patience: float) -> dict[str, tuple[str, ...]]:
+def _own(client: Client, port: int | None, patience: float) -> dict[str, list[Json]]:
     """The server that this unit is, with its upstreams; several where it listens on several addresses of nginx's.
 
     HeadgateError where it is none of them, `patience` seconds long.
     """
-    serving: dict[str, tuple[str, ...]] = {}
+    serving = defaultdict(list)
     for upstream in client.status()["upstreams"]:
         for server in upstream["servers"]:
-            serving[server["address"]] = (*serving.get(server["address"], ()), upstream["name"])
+            serving[server["address"]].append(upstream)
     if port is not None:
         found, who = own.at_port(port, serving), f"port {port} of this machine"
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from controller import cli_self
 from tests.support.house import APP, House
 
 FIRST, SECOND, THIRD = (server.key for server in APP.servers)
@@ -77,6 +78,32 @@ def test_the_last_server_stops_at_once_and_it_is_said(house: House) -> None:
     left = run(house.directory, "drain", "--self", "--wait", "--port", "8003")
     assert (left.returncode, left.stdout) == (0, "")
     assert "no other server of app serves" in left.stderr.replace("\n", " ")
+
+
+def test_a_restart_of_all_servers_goes_in_turn(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    monkeypatch.setattr(cli_self, "_restarting", lambda: asked.set() or True)
+    for port in ("8001", "8002"):
+        assert run(house.directory, "drain", "--self", "--port", port).returncode == 0
+    words = (f"{house.directory}/headgate.toml", 8003, True, None)
+    leaving = threading.Thread(target=cli_self.leave, args=words)
+    leaving.start()
+    assert asked.wait(20)
+    assert house.do(lambda: house.runtime.state.groups["app"].peers[THIRD].quarantine) == ()
+    assert run(house.directory, "enable", "--self", "--port", "8001").returncode == 0
+    leaving.join(20)
+    assert not leaving.is_alive()
+    assert len(house.do(lambda: house.runtime.state.groups["app"].peers[THIRD].quarantine)) == 1
+
+
+def test_where_no_other_server_can_come_a_restart_does_not_wait(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_self, "_restarting", lambda: pytest.fail("it would have waited"))
+    for server in (FIRST, SECOND):
+        assert run(house.directory, "maint", "app", server).returncode == 0
+    cli_self.leave(f"{house.directory}/headgate.toml", 8003, True, None)
+    assert "no other server of app serves" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["drain", "enable"])

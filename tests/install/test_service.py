@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,8 @@ APP = f"""\
     Type=notify
     User=www-data
     Environment=APP_SERVER=127.0.0.1:%i PYTHONPATH=/srv
-    ExecStart={GUNICORN} --bind 127.0.0.1:%i --worker-class controller.demo.app.Worker controller.demo.app:app
+    ExecStart={GUNICORN} --bind 127.0.0.1:%i \\
+        --worker-class controller.integration.worker.UvicornWorker controller.demo.app:app
     Restart=always
     RestartSec=0
     KillMode=mixed
@@ -77,6 +79,12 @@ HASTY = "[Service]\nExecStart=/bin/sleep 1000\nTimeoutStopSec=5\n"
 
 HEADGATE = "/opt/headgate/bin/headgate"
 SERVERS = tuple(f"127.0.0.1:{port}" for port in (8001, 8002, 8003))
+SERVING = f"{HEADGATE} status | grep -q '^app: 3 of 3 servers serving'"
+
+
+def until(condition: str) -> str:
+    """Shell: wait until this command says yes."""
+    return "timeout 30 sh -c " + shlex.quote(f"until {condition}; do sleep 0.1; done")
 
 
 class Host(Container):
@@ -100,25 +108,23 @@ class Host(Container):
         pids = [self.unit(f"app@{port}", "MainPID")[0] for port in (8001, 8002, 8003)]
         return [*pids, self.run("cat", "/run/own.pid").strip()]
 
-    def wait(self, condition: str, seconds: int = 30) -> None:
+    def wait(self, condition: str) -> None:
         """Until this shell command says yes."""
-        self.run("timeout", str(seconds), "sh", "-c", f"until {condition}; do sleep 0.1; done")
+        self.run("sh", "-c", until(condition))
 
     def until_serving(self) -> None:
-        for server in SERVERS:
-            self.headgate("enable", "app", server, "--wait")
+        self.wait(SERVING)
 
     def under_load(self, *commands: str) -> dict[str, Any]:
         """Run shell commands while requests come, one after the other, and until all servers serve; the summary."""
-        serving = [f"{HEADGATE} enable app {server} --wait" for server in SERVERS]
         mix = "fast=70,echo=25,slow=5"
         told = self.run(
             "sh",
             "-ec",
             f"{PYTHON} -m controller.demo.load http://127.0.0.1 --rate 100 --mix {mix} >/run/load 2>/run/errors &\n"
             "load=$!; trap 'kill $load 2>/dev/null || true' EXIT\n"
-            "timeout 20 sh -c 'until [ -s /run/load ]; do sleep 0.1; done'\n"
-            + "\n".join(f"{each} >&2" for each in (*commands, *serving))
+            f"{until('[ -s /run/load ]')}\n"
+            + "\n".join(f"{each} >&2" for each in (*commands, until(SERVING)))
             + "\nkill -INT $load; wait $load || true; tail -n 1 /run/load",
         )
         summary: dict[str, Any] = json.loads(told)["summary"]
@@ -214,7 +220,7 @@ class TestUnderSystemd:
         summary = host.under_load(
             "systemctl restart headgate",
             "kill -9 $(systemctl show -P MainPID headgate)",
-            "timeout 30 sh -c 'until systemctl is-active --quiet headgate; do sleep 0.1; done'",
+            until("systemctl is-active --quiet headgate"),
             "systemctl restart headgate",
             "systemctl stop headgate; systemctl start headgate",
         )
