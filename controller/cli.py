@@ -345,7 +345,7 @@ def _exit_code(error: HeadgateError) -> int:
 
 def _is_own(own: bool, upstream: str, server: str) -> bool:
     """Whether the unit's own server is meant, and not one that is named."""
-    if own == bool(server):
+    if (own and upstream) or not (own or server):
         raise typer.BadParameter("name UPSTREAM and SERVER, or neither and say --self")
     return own
 

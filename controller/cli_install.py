@@ -89,8 +89,9 @@ def install(
         files = tuple(plans.application(unit, config, place) for unit in units)
     else:
         files = plans.service(settings, config, place)
-        for name in (name for name, each in settings.upstream.items() if each.process and each.process.start):
-            print(f"note: what `start` of {name} starts lives in the cage of {plans.UNIT}; rather give it a unit")
+        for name, tables in settings.upstream.items():
+            if tables.process and tables.process.start and not tables.process.unit:
+                print(f"note: what `start` of {name} starts lives in the cage of {plans.UNIT}; rather give it a unit")
     files = tuple(file for file in files if file.changes)
     print("".join(file.shown() for file in files), end="")
     if diff:

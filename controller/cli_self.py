@@ -25,6 +25,7 @@ from controller.settings import load
 _LISTENS = 10.0  # seconds in which a started server begins to listen
 _POLL = 0.2  # seconds; nobody is told when a socket begins to listen, or when another server may be spared
 _ANSWER = 5.0  # seconds for systemd
+_LONGEST = 600.0  # seconds that the API lets a notice wait
 
 
 def leave(config: str | None, port: int | None, wait: bool, timeout: float | None) -> None:
@@ -37,12 +38,14 @@ def leave(config: str | None, port: int | None, wait: bool, timeout: float | Non
     with _never_in_the_way("it stops without a drain"):
         settings = load(config)
         client = Client(settings.api.socket)
-        for address, upstreams in _own(client, port, 0.0).items():
-            if timeout is None:
-                timeout = max(settings.policy_for(each["name"]).drain.timeout for each in upstreams)
+        servers = _own(client, port, 0.0)
+        if timeout is None:
+            names = {upstream["name"] for upstreams in servers.values() for upstream in upstreams}
+            timeout = max(settings.policy_for(name).drain.timeout for name in names)
+        deadline = time.monotonic() + timeout if wait else 0.0
+        for address, upstreams in servers.items():
             others = [each for upstream in upstreams for each in upstream["servers"] if each["address"] != address]
-            hope = any(each["admin"] == "ready" for each in others)
-            _offline(client, address, time.monotonic() + timeout if wait else 0.0, hope)
+            _offline(client, address, deadline, hope=any(each["admin"] == "ready" for each in others))
 
 
 def come(config: str | None, port: int | None) -> None:
@@ -56,7 +59,7 @@ def come(config: str | None, port: int | None) -> None:
 
 def _offline(client: Client, address: str, deadline: float, hope: bool) -> None:
     while True:
-        left = max(0.0, deadline - time.monotonic())
+        left = min(max(0.0, deadline - time.monotonic()), _LONGEST)
         try:
             answer = client.offline(address, why="its unit stops", wait=left)
         except ApiError as error:

@@ -10,7 +10,8 @@
     ├── (nginx/writer.py)   Changed, CheckFailed, WriteFailed
     ├── (nginx/verify.py)   ReloadFailed
     ├── (nginx/check.py)    NginxMissing
-    └── (adopt.py)          CannotAdopt
+    ├── (adopt.py)          CannotAdopt
+    └── (install.py)        CannotInstall
 
 The pure rooms have their own: a wish that a guard refuses is `core.model.Refused`, an edit that cannot be made as meant
 `conf.draft.EditRefused`, a configuration that cannot be read `conf.parse.ConfSyntaxError`.

@@ -37,7 +37,7 @@ _WRITABLE = (
 
 
 class CannotInstall(HeadgateError):
-    """Headgate cannot be installed, or taken out, as things are; nothing was changed."""
+    """Headgate cannot be installed, or taken out, as things are."""
 
 
 @dataclass(frozen=True, slots=True)
