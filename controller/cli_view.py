@@ -51,6 +51,8 @@ def status(answer: Json) -> RenderableType:
         head.append("nginx.conf read")
     else:
         head.append(f"nginx.conf cannot be read, the last good reading is in force: {config['error']}", "red")
+    if answer["offline"]:
+        head.append("\nthis edge is offline: checks are answered no until `headgate edge enable`", "yellow")
     if not answer["upstreams"]:
         return Group(head, Text("no upstream has Headgate's hook; `headgate include` shows what nginx needs", "yellow"))
     return Group(head, *(part for each in answer["upstreams"] for part in (Text(), *_upstream(each))))

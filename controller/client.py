@@ -82,6 +82,18 @@ class Client:
         """Announce that a server is there again; `{"revision"}` once nginx follows."""
         return self._call("POST", "/v1/online", body={"server": server, "upstream": upstream})
 
+    def check(self, upstreams: tuple[str, ...] = (), timeout: float = _TIMEOUT) -> None:
+        """Return if this edge takes traffic, with these upstreams or all; ApiError says why it does not."""
+        self._call("GET", "/healthz/traffic", {"upstream": upstreams}, timeout=timeout)
+
+    def edge(self) -> Json:
+        """This edge host: `{"offline", "takes_traffic", "why", "connections"}`."""
+        return self._call("GET", "/v1/edge")
+
+    def set_edge(self, offline: bool) -> Json:
+        """Take this edge host offline, or back; `{"offline", "takes_traffic", "why"}`."""
+        return self._call("PUT", "/v1/edge", body={"offline": offline})
+
     def reread(self) -> Json:
         """Have nginx.conf read again now; `{"revision", "warnings"}` once nginx follows."""
         return self._call("POST", "/v1/config/read", timeout=_TIMEOUT + _READING)

@@ -17,6 +17,7 @@ import structlog
 
 from controller import adopt
 from controller.adapters.clock import SystemClock
+from controller.adapters.edge import EdgeHost
 from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.nginx.lua import LuaPlane
 from controller.adapters.nginx.reload import ReloadPlane
@@ -110,6 +111,7 @@ class _Daemon:
             prober=NetProber,
             source=source,
             store=store,
+            edge=EdgeHost(settings.edge_mark, settings.nginx.conf),
             check_for=self._policies.check_for,
             resolve_interval=settings.nginx.resolve_interval,
             data_plane=settings.nginx.data_plane,

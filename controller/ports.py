@@ -144,6 +144,22 @@ class ProcessControl(Protocol):
         """Start it, unless it runs, and return its master once it listens; ProcessError with what it printed."""
 
 
+# --- the host ---------------------------------------------------------------------------------------------------
+
+
+class Edge(Protocol):
+    """This edge host as a whole."""
+
+    async def offline(self) -> bool:
+        """Whether it was taken offline, in whichever life; StoreError."""
+
+    async def set_offline(self, offline: bool) -> None:
+        """Remember it for this life and later ones; StoreError."""
+
+    async def clients(self) -> int:
+        """Connections that clients hold to nginx over TCP; PlaneUnreachable where they cannot be counted."""
+
+
 # --- probes -----------------------------------------------------------------------------------------------------
 
 

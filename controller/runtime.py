@@ -18,6 +18,7 @@ from controller.core.events import (
     ChangeWished,
     ConfigFailed,
     ConfigRead,
+    EdgeTold,
     Effect,
     Event,
     Note,
@@ -43,6 +44,7 @@ from controller.ports import (
     Counters,
     DataPlane,
     Delta,
+    Edge,
     EventRecord,
     NginxConfig,
     Pace,
@@ -97,6 +99,7 @@ class Runtime:
         prober: Callable[[Callable[[Event], None]], Prober],
         source: ConfigSource,
         store: Store,
+        edge: Edge,
         check_for: Callable[[str], Check],
         resolve_interval: float = 10.0,
         data_plane: str = "lua",
@@ -109,6 +112,8 @@ class Runtime:
         self.store = store
         self.data_plane = data_plane
         self.store_error = ""
+        self._edge = edge
+        self._telling_edge = asyncio.Lock()
         self._plane = plane
         self._follower = Follower(self, plane)
         self._processes = processes
@@ -136,7 +141,7 @@ class Runtime:
 
         A configuration that cannot be read is no reason not to start: it is shown, and taken up when it is mended.
         """
-        saved = await self.store.load()
+        saved, offline = await self.store.load(), await self._edge.offline()
         now = self.clock.now()
         self.state, _ = step(
             self.state,
@@ -152,6 +157,7 @@ class Runtime:
             now,
         )
         self._stored = self.state
+        self.post(EdgeTold(offline))
         await self._follower.look()
         await self.reread()
         for loop in (self._decide(), self._follower.publish(), self._follower.watch(), self._watch_names()):
@@ -193,6 +199,16 @@ class Runtime:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Asked(event, answer))
         return await answer
+
+    async def set_edge(self, offline: bool) -> None:
+        """Take this edge host offline or back, and return when that is stored; StoreError."""
+        async with self._telling_edge:
+            await self._edge.set_offline(offline)
+            await self.tell(EdgeTold(offline))
+
+    async def clients(self) -> int:
+        """Connections that clients hold to nginx; PlaneUnreachable."""
+        return await self._edge.clients()
 
     async def read_config(self) -> NginxConfig:
         """Read nginx's configuration again, and return when the state follows it; ConfigError, shown there as well."""

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controller.api import metrics, wire
+from controller.api.edge import add_check, add_edge
 from controller.api.face import Runtime
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
@@ -36,7 +37,7 @@ MAX_BODY = 1 << 20
 """Bytes; the longest lists of servers take a small part of it."""
 
 _EVENT_STREAM = "text/event-stream"
-_OPEN = re.compile("/healthz|/readyz|/health|/readiness/.*", re.DOTALL)
+_OPEN = re.compile("/healthz(/traffic)?|/readyz|/health|/readiness/.*", re.DOTALL)
 _EVENT_ID = re.compile(r"[0-9]{1,18}")
 
 _Upstream = Annotated[str, Path(description="The upstream's name in nginx.conf.")]
@@ -75,6 +76,8 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     app.add_middleware(Bounded)
     answer_problems(app)
     add_readiness(app, runtime, ready_when_warm)
+    add_check(app, runtime)
+    add_edge(app, runtime)
     scraped = metrics.registry(runtime)
 
     @app.get("/healthz", tags=["daemon"])
@@ -269,7 +272,7 @@ class Bounded:
 class Guarded:
     """The app as it is served over TCP: reading only, or with a token everything for those who hold it.
 
-    /healthz, /readyz, /health and /readiness never ask for the token: load balancers and orchestrators probe them.
+    What load balancers and orchestrators probe never asks for it: /healthz and below, /readyz, /health and /readiness.
     """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:

@@ -51,6 +51,12 @@ class Runtime(Protocol):
     async def wish(self, event: AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWished) -> Outcome:
         """Decide and store; Refused, StoreError."""
 
+    async def set_edge(self, offline: bool) -> None:
+        """Take this edge host offline or back, and return when that is stored; StoreError."""
+
+    async def clients(self) -> int:
+        """Connections that clients hold to nginx; PlaneUnreachable."""
+
     async def read_config(self) -> NginxConfig:
         """Read nginx's configuration again and return when the state follows it; ConfigError."""
 

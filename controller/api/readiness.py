@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import FastAPI, Path
 
 from controller.api import wire
+from controller.api.edge import add_check
 from controller.api.face import Runtime
 from controller.api.problems import Failed, answer_problems
 from controller.core import warmup
@@ -31,6 +32,7 @@ def readiness_app(runtime: Runtime, warm: bool) -> FastAPI:
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     answer_problems(app)
     add_readiness(app, runtime, warm)
+    add_check(app, runtime)
     return app
 
 

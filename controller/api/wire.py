@@ -206,11 +206,34 @@ class ConfigView(BaseModel):
     error: str | None
 
 
+class EdgeWish(BaseModel):
+    """What an operator wants of this edge host."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    offline: StrictBool
+
+
+class EdgeState(BaseModel):
+    """This edge host: whether it was taken offline, and why traffic should go to another one."""
+
+    offline: bool
+    takes_traffic: bool
+    why: list[str]
+
+
+class EdgeView(EdgeState):
+    """The same, and how many TCP connections clients hold to its nginx."""
+
+    connections: int
+
+
 class Status(BaseModel):
-    """Everything at a glance."""
+    """Everything at a glance; `offline` says that this edge host as a whole was taken offline."""
 
     revision: int
     data_plane: str
+    offline: bool
     config: ConfigView
     upstreams: list[UpstreamView]
 
@@ -338,6 +361,7 @@ def status(state: State, counters: Counters, data_plane: str, now: float) -> Sta
     return Status(
         revision=state.revision,
         data_plane=data_plane,
+        offline=state.offline,
         config=ConfigView(state="error" if state.config_error else "ok", error=state.config_error or None),
         upstreams=[upstream(group, state, counters, now) for group in state.groups.values()],
     )

@@ -169,6 +169,13 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class EdgeTold:
+    """This edge host as a whole goes offline, or takes traffic again."""
+
+    offline: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed."""
 
@@ -190,6 +197,7 @@ Event = (
     | ChangeWished
     | StepDone
     | StepFailed
+    | EdgeTold
     | Ticked
 )
 

@@ -362,5 +362,6 @@ class State:
     plane: Plane = Plane()
     config_error: str = ""
     configured: bool = False  # nginx.conf has been read in this life
+    offline: bool = False  # this edge host as a whole: the tier above is told to send its traffic elsewhere
     stored: Mapping[tuple[str, str], Peer] = field(default_factory=dict)  # of an earlier life, until nginx.conf is read
     heartbeats: Mapping[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)  # passed probes, for accrual

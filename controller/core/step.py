@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, cold, ejection, hold, notice, outlier, panic, peers, table
+from controller.core import change, cold, edge, ejection, hold, notice, outlier, panic, peers, table
 from controller.core.events import (
     AdminWished,
     AgentSaid,
     ChangeWished,
     ConfigFailed,
     ConfigRead,
+    EdgeTold,
     Effect,
     Event,
     Note,
@@ -89,6 +90,8 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, effects = _config_read(state, event)
         case ConfigFailed():
             state, effects = _config_failed(state, event)
+        case EdgeTold():
+            state, effects = edge.told(state, event)
         case Restored():
             state, effects = _restored(state, event), []
     state, outcome = _settled(before, state, Outcome(tuple(effects)), now)

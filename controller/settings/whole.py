@@ -113,6 +113,11 @@ class Settings(Table):
         """The file in which the reload plane remembers what it wrote, beside the store."""
         return self._beside_store("reload.json")
 
+    @property
+    def edge_mark(self) -> Path:
+        """The file that is there while this edge host is offline, beside the store."""
+        return self._beside_store("edge-offline")
+
     def _beside_store(self, name: str) -> Path:
         return Path(self.store.url.removeprefix("sqlite:///")).with_name(name)
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from controller.adapters.nginx.sockets import Endpoint, _tcp_by_diag, _tcp_by_proc, held, to_servers
+from controller.adapters.nginx.sockets import Endpoint, _tcp_by_diag, _tcp_by_proc, from_clients, held, to_servers
 from controller.ports import PlaneUnreachable
 
 US = os.getpid()
@@ -49,9 +50,39 @@ def test_both_sources_tell_the_same_of_tcp() -> None:
         connected(socket.AF_INET6, ("::1", 0)) as (_, six),
     ):
         for family, length, name, expected in ((socket.AF_INET, 4, "tcp", clients), (socket.AF_INET6, 16, "tcp6", six)):
-            diag = {row for row in _tcp_by_diag(family, length) if row[1] in inodes(expected)}
-            assert diag == {row for row in _tcp_by_proc(name) if row[1] in inodes(expected)}
-            assert {inode for _, inode in diag} == inodes(expected)
+            diag = {row for row in _tcp_by_diag(family, length) if row.inode in inodes(expected)}
+            assert diag == {row for row in _tcp_by_proc(name) if row.inode in inodes(expected)}
+            assert {row.inode for row in diag} == inodes(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "host"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0", "127.0.0.1"),
+        (socket.AF_INET6, "::", "::1"),
+        (socket.AF_INET6, "::", "127.0.0.1"),
+    ],
+)
+def test_connections_to_what_a_process_listens_on_are_counted_until_they_end(
+    family: int, bound: str, host: str
+) -> None:
+    before = from_clients(US)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(family))
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((bound, 0))
+        listener.listen()
+        client = socket.create_connection((host, listener.getsockname()[1]))
+        accepted = stack.enter_context(listener.accept()[0])
+        assert from_clients(US) - before == 1, "the client's own end does not count"
+        client.close()
+        assert from_clients(US) - before == 1, "the client has gone, and we have not closed yet"
+        accepted.close()
+        deadline = time.monotonic() + 10
+        while from_clients(US) > before:
+            assert time.monotonic() < deadline
 
 
 def test_clients_of_a_unix_server_are_found_waiting_ones_included(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def test_every_answer_is_as_described(house: House, mode: GenerationMode) -> Non
         def keeps_to_it(case: schemathesis.Case) -> None:
             if mode is GenerationMode.POSITIVE:
                 case.query.pop("wait", None)  # an example that waits a minute for news shows nothing
-            meant = [schemathesis.checks.not_a_server_error] if case.path.startswith("/readiness/") else []
+            # /readiness says no with 500, and other examples have taken the edge offline.
+            says_no = case.path.startswith(("/readiness/", "/healthz/traffic"))
+            meant = [schemathesis.checks.not_a_server_error] if says_no else []
             case.call_and_validate(headers=credentials, timeout=10, excluded_checks=meant)
 
         if mode is GenerationMode.POSITIVE or operation.body or operation.query:  # any text is a path

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from controller.adapters.edge import EdgeHost
 from controller.adapters.store.sqlite import SqliteStore
 from controller.api.serve import ApiServer
 from controller.core.events import Event, ProbeResult
@@ -147,6 +148,17 @@ class HeldProber:
         pass
 
 
+class HeldEdge(EdgeHost):
+    """This host; `connected` clients hold connections to nginx."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(mark, "")
+        self.connected = 0
+
+    async def clients(self) -> int:
+        return self.connected
+
+
 class HeldSource:
     """nginx.conf as the test says; it cannot be read while `error` says why."""
 
@@ -219,6 +231,7 @@ class House:
 
     async def _start(self) -> None:
         self.plane, self.processes, self.source = HeldPlane(), HeldProcesses(), HeldSource()
+        self.edge = HeldEdge(self.directory / "edge-offline")
 
         def prober(emit: Callable[[Event], None]) -> HeldProber:
             self.prober = HeldProber(emit)
@@ -231,6 +244,7 @@ class House:
             prober=prober,
             source=self.source,
             store=SqliteStore(f"sqlite:///{self.directory}/state.db"),
+            edge=self.edge,
             check_for=lambda _: Check(),
         )
         await self.runtime.start()

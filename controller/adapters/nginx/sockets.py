@@ -1,4 +1,4 @@
-"""Which sockets processes hold to servers, from what the kernel says: sock_diag(7), /proc/PID/net/tcp, /proc/PID/fd.
+"""Which sockets processes hold to servers, and clients to nginx: sock_diag(7), /proc/net, /proc/PID/fd.
 
 Only reading belongs here. Everything blocks: call it in a thread.
 """
@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from controller.ports import PlaneUnreachable
 
@@ -21,7 +22,10 @@ _SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _DUMP, _ERROR, _DONE = 4, 20, 0x301, 2, 3
 _SHOW_NAME_PEER_ICONS = 1 | 4 | 8
 _NAME, _PEER, _ICONS = 0, 2, 3
 _ANY = 0xFFFFFFFF
-_STATES = 0xFFF & ~(1 << 6 | 1 << 10)  # not TIME_WAIT, which nobody holds, nor LISTEN
+_TIME_WAIT, _LISTEN = 6, 10
+_STATES = 0xFFF & ~(1 << _TIME_WAIT)
+_OWED = (1, 3, 4, 8, 9, 11)
+"""ESTABLISHED, SYN_RECV, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING: the other end may still wait for bytes of ours."""
 
 
 def to_servers(endpoints: Collection[Endpoint], master: int) -> dict[int, Endpoint]:
@@ -29,14 +33,19 @@ def to_servers(endpoints: Collection[Endpoint], master: int) -> dict[int, Endpoi
 
     PlaneUnreachable where the kernel does not say.
     """
-    if os.stat(f"/proc/{master}/ns/net") != os.stat("/proc/self/ns/net"):
-        raise PlaneUnreachable(
-            "nginx runs in another network namespace, where its sockets cannot be counted",
-            "run headgate in nginx's network namespace",
-        )
+    _see_network(master)
     tcp = {_packed(ip, port): (ip, port) for ip, port in endpoints if not ip.startswith("unix:")}
     paths = {ip.removeprefix("unix:"): (ip, port) for ip, port in endpoints if ip.startswith("unix:")}
     return (_to_tcp(tcp) if tcp else {}) | (_to_unix(paths) if paths else {})
+
+
+def from_clients(master: int) -> int:
+    """Connections to the TCP ports that nginx's `master` listens on, whichever process holds them; PlaneUnreachable."""
+    _see_network(master)
+    rows, own = _tcp(), held(master)
+    listening = {row.local for row in rows if row.state == _LISTEN and row.inode in own}
+    everywhere = {end[-2:] for end in listening if not any(end[:-2])}
+    return sum(row.state in _OWED and (row.local in listening or row.local[-2:] in everywhere) for row in rows)
 
 
 def held(pid: int) -> frozenset[int]:
@@ -61,6 +70,14 @@ def held(pid: int) -> frozenset[int]:
     return frozenset(inodes)
 
 
+def _see_network(master: int) -> None:
+    if os.stat(f"/proc/{master}/ns/net") != os.stat("/proc/self/ns/net"):
+        raise PlaneUnreachable(
+            "nginx runs in another network namespace, where its sockets cannot be counted",
+            "run headgate in nginx's network namespace",
+        )
+
+
 # --- TCP --------------------------------------------------------------------------------------------------------------
 
 
@@ -68,31 +85,52 @@ def _packed(ip: str, port: int) -> bytes:
     return ipaddress.ip_address(ip.partition("%")[0]).packed + struct.pack("!H", port)
 
 
+class _Tcp(NamedTuple):
+    """A TCP socket; its ends are packed addresses, each followed by the port."""
+
+    state: int
+    local: bytes
+    remote: bytes
+    inode: int
+
+
 def _to_tcp(wanted: Mapping[bytes, Endpoint]) -> dict[int, Endpoint]:
+    rows = (row for row in _tcp() if row.state != _LISTEN)
+    return {row.inode: wanted[row.remote] for row in rows if row.inode and row.remote in wanted}
+
+
+def _tcp() -> list[_Tcp]:
+    """The TCP sockets of our network namespace, but for those that nobody holds any more (TIME_WAIT)."""
     try:
-        rows = [*_tcp_by_diag(socket.AF_INET, 4), *_tcp_by_diag(socket.AF_INET6, 16)]
+        return [*_tcp_by_diag(socket.AF_INET, 4), *_tcp_by_diag(socket.AF_INET6, 16)]
     except OSError:  # a kernel without inet_diag; /proc tells the same, ten times slower where many are in TIME_WAIT
-        rows = [*_tcp_by_proc("tcp"), *_tcp_by_proc("tcp6")]
-    return {inode: wanted[remote] for remote, inode in rows if inode and remote in wanted}
+        return [*_tcp_by_proc("tcp"), *_tcp_by_proc("tcp6")]
 
 
-def _tcp_by_diag(family: int, length: int) -> Iterator[tuple[bytes, int]]:
-    """The remote end, packed, and the inode of each socket (struct inet_diag_msg)."""
+def _tcp_by_diag(family: int, length: int) -> Iterator[_Tcp]:
+    """By struct inet_diag_msg."""
     request = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, _STATES)
     for message in _dump(request):
-        yield message[24 : 24 + length] + message[6:8], struct.unpack_from("=I", message, 68)[0]
+        local, remote = message[8 : 8 + length] + message[4:6], message[24 : 24 + length] + message[6:8]
+        yield _Tcp(message[1], local, remote, struct.unpack_from("=I", message, 68)[0])
 
 
-def _tcp_by_proc(name: str) -> Iterator[tuple[bytes, int]]:
-    """The same from /proc/net, which writes addresses as 32-bit words in the machine's byte order."""
+def _tcp_by_proc(name: str) -> Iterator[_Tcp]:
+    """The same from /proc/net."""
     try:
         with open(f"/proc/net/{name}", encoding="ascii") as file:
             for row in map(str.split, list(file)[1:]):
-                address, _, port = row[2].partition(":")
-                words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
-                yield b"".join(struct.pack("=I", word) for word in words) + bytes.fromhex(port), int(row[9])
+                if (state := int(row[3], 16)) != _TIME_WAIT:
+                    yield _Tcp(state, _kernel_end(row[1]), _kernel_end(row[2]), int(row[9]))
     except FileNotFoundError:
         return  # no IPv6
+
+
+def _kernel_end(text: str) -> bytes:
+    """/proc/net writes an address as 32-bit words in the machine's byte order, and the port as a number."""
+    address, _, port = text.partition(":")
+    words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
+    return b"".join(struct.pack("=I", word) for word in words) + bytes.fromhex(port)
 
 
 # --- unix sockets -----------------------------------------------------------------------------------------------------
