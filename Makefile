@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 # What nginx needs to run us; what the tests need beside it.
 RUN_PACKAGES := nginx libnginx-mod-http-lua lua-resty-core lua-cjson python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) lua-busted lua-check openssl curl faketime
+TEST_PACKAGES := $(RUN_PACKAGES) lua-busted lua-check openssl curl faketime iproute2 iptables keepalived
 BENCH_PACKAGES := $(TEST_PACKAGES) haproxy wrk
 
 .PHONY: help run test test-all lint bench clean packages-run packages-test packages-bench

@@ -46,7 +46,7 @@ def edge(
     ] = False,
     settle: Annotated[
         float, typer.Option("--settle", min=0, help="Seconds that the tier above may take to look elsewhere.")
-    ] = 10.0,
+    ] = 15.0,
     timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait, with --wait.")] = 300.0,
 ) -> None:
     """Take this edge host offline: checks say no, traffic goes elsewhere, nginx serves what comes; or bring it back."""
