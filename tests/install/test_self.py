@@ -146,7 +146,9 @@ def test_a_process_that_nginx_does_not_know_is_told(house: House) -> None:
     assert "port 9 of this machine is no server" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("drain",), ("drain", "app"), ("drain", "app", "--self"), ("enable", "app", FIRST, "--self"), ("enable",)])
+@pytest.mark.parametrize(
+    "words", [("drain",), ("drain", "app"), ("drain", "app", "--self"), ("enable", "app", FIRST, "--self"), ("enable",)]
+)
 def test_either_a_server_is_named_or_self_is_said(tmp_path: Path, words: tuple[str, ...]) -> None:
     settings(tmp_path)
     done = run(tmp_path, *words)
