@@ -144,6 +144,47 @@ def event(record: Json) -> Text:
     return Text.assemble((date(record["at"]), "dim"), "  ", (f"{record['kind']:<11}", "cyan"), "  ", record["text"])
 
 
+def history(answer: Json, now: float) -> Table:
+    """Requests a second of each server, step by step, each with the events of its time; `·` where none was recorded.
+
+    It begins with the first record. A step that is not over yet has no figures.
+    """
+    step, servers = answer["step"], answer["servers"]
+    points = [{point["at"]: point for point in each["points"]} for each in servers]
+    names: list[tuple[str, JustifyMethod]] = [(each["server"], "right") for each in servers]
+    table = _table("TIME", *names, ("ERRORS", "right"), ("FAILURES", "right"), "EVENTS")
+    told: dict[int, list[str]] = {}
+    for event in answer["events"]:
+        told.setdefault(int(event["at"] // step * step), []).append(event["text"])
+    first = min([*told, *(at for each in points for at in each)], default=answer["until"])
+    for at in range(first, answer["until"], step):
+        found = [each.get(at) for each in points]
+        over = at + step <= now
+        rates = (
+            [f"{point['requests'] / step:,.1f}" if point else "·" for point in found] if over else ["…"] * len(found)
+        )
+        lost = [sum(point[kind] for point in found if point) for kind in ("errors", "failures")] if over else [0, 0]
+        when = clock(at) if time.localtime(at)[:3] == time.localtime(now)[:3] else date(at)
+        table.add_row(
+            when,
+            *rates,
+            *(Text(f"{each:,.0f}", "red") if each >= 0.5 else "" for each in lost),
+            "\n".join(told.get(at, [])),
+        )
+    return table
+
+
+def explanation(answer: Json) -> Text:
+    """Questions and answers about a server."""
+    text = Text()
+    for story in answer["servers"]:
+        text.append(f"{answer['upstream']}: {story['server']}\n", "bold")
+        for each in story["answers"]:
+            text.append(f"\n{each['question']}\n", "cyan")
+            text.append("".join(f"  {sentence}\n" for sentence in each["sentences"]))
+    return text
+
+
 def bar(share: float, cells: int = 10) -> str:
     """A share of 1 as a bar."""
     full = int(share * cells + 1e-9)

@@ -122,6 +122,17 @@ class Client:
         """Events in order: those with an id above `after`, or the newest."""
         return list(self._call("GET", "/v1/events", {"after": after, "limit": limit})["events"])
 
+    def traffic(
+        self, upstream: str, since: float | None = None, until: float | None = None, step: int | None = None
+    ) -> Json:
+        """What each server got, in steps of `step` seconds, and what happened; times are seconds since the epoch."""
+        values = {"upstream": upstream, "since": since, "until": until, "step": step}
+        return self._call("GET", "/v1/traffic", values)
+
+    def explain(self, upstream: str, server: str) -> Json:
+        """Why a server gets what it gets: questions with sentences."""
+        return self._call("GET", "/v1/explain", {"upstream": upstream, "server": server})
+
     def follow_change(self, change: int, every: float = 1.0) -> Iterator[Json]:
         """A change at each news of it, and every so many seconds without; ends with the change."""
         seen, patience = -1, _Patience()

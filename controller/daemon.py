@@ -101,7 +101,7 @@ class _Daemon:
 
     async def live(self) -> int:
         settings, clock = self._settings, SystemClock()
-        store = SqliteStore(settings.store.url)
+        store = SqliteStore(**settings.store.model_dump())
         watcher = Watcher(lambda paths: self._changed(runtime, paths), self._version)
         plane, source = _data_plane(settings, self._policies, clock, watcher)
         runtime = Runtime(

@@ -11,6 +11,7 @@ from controller.core import change, table, warmup
 from controller.core.events import Event, Outcome, PeerSeen, PlaneLost, PlaneSeen, TrafficSeen
 from controller.core.model import Admin, Ejection, Group, Peer, State, StepName, StepState, Traffic
 from controller.ports import Clock, Counters, DataPlane, PeerCounters, PlaneRefused, PlaneUnreachable
+from controller.sampler import Sampler
 
 log = structlog.get_logger("headgate")
 
@@ -43,6 +44,7 @@ class Follower:
 
     def __init__(self, owner: Owner, plane: DataPlane) -> None:
         self.counters = Counters(boot="", revision=0)
+        self.sampler = Sampler()
         self._owner = owner
         self._plane = plane
         self._traffic: dict[str, dict[str, Traffic]] = {}  # as it was last told
@@ -88,6 +90,7 @@ class Follower:
         except (PlaneUnreachable, PlaneRefused) as error:
             self._owner.post(PlaneLost(str(error)))
             return
+        self.sampler.read(counters, self._owner.clock.now(), self._owner.clock.wall())
         plane = self._owner.state.plane
         if plane.error or (plane.boot, plane.revision) != (counters.boot, counters.revision):
             self._owner.post(PlaneSeen(counters.boot, counters.revision))

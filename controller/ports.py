@@ -264,7 +264,10 @@ class StoreError(HeadgateError):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What an earlier life left: durable peers, all unfinished changes, counters. `now` and `boot` date it."""
+    """What an earlier life left: durable peers, all unfinished changes, counters. `now` and `boot` date it.
+
+    `lost` says what became of a store that could not be read; empty where all is well.
+    """
 
     now: float = 0.0
     boot: str = ""
@@ -273,6 +276,7 @@ class Saved:
     next_epoch: int = 1
     peers: Mapping[tuple[str, str], Peer] = field(default_factory=dict)
     changes: Mapping[int, Change] = field(default_factory=dict)
+    lost: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +335,25 @@ class ChangeRecord:
     steps: tuple[StepRecord, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TrafficRecord:
+    """What a server got in one second, or in a longer step, from `at` (seconds since the epoch) on.
+
+    Tries begun, answers, 5xx answers and tries without an answer, in fractions where a reading was spread over several
+    seconds; the sum of the response times in seconds; and the most requests that were seen in flight.
+    """
+
+    upstream: str
+    server: str
+    at: int
+    requests: float
+    answered: float
+    errors: float
+    failures: float
+    seconds: float
+    in_flight: int
+
+
 class Store(Protocol):
     """Durable memory: SQLite on one host. One writer; every save is one transaction."""
 
@@ -346,8 +369,27 @@ class Store(Protocol):
     async def change(self, change: int) -> ChangeRecord | None:
         """One change with its steps."""
 
+    async def last_change(self, upstream: str, server: str) -> ChangeRecord | None:
+        """The newest change in which this server has steps, with its steps."""
+
     async def events(self, after: int | None = None, limit: int = 200) -> tuple[EventRecord, ...]:
         """Events with id > `after` in order; without `after` the newest `limit`, in order."""
+
+    async def events_between(self, upstream: str, since: float, until: float, limit: int) -> tuple[EventRecord, ...]:
+        """The newest `limit` events of an upstream within a time (seconds since the epoch, `until` excluded), in
+        order; without the single steps of changes."""
+
+    async def events_of(self, upstream: str, server: str, limit: int) -> tuple[EventRecord, ...]:
+        """The newest `limit` events of this server, and of its upstream as a whole, in order."""
+
+    async def save_traffic(self, rows: Sequence[TrafficRecord], wall: float) -> None:
+        """Add these seconds, and forget what is too old by the clock of the wall; StoreError."""
+
+    async def traffic(
+        self, upstream: str, since: int, until: int, step: int, server: str | None = None
+    ) -> tuple[TrafficRecord, ...]:
+        """What the servers of an upstream (or one of them) got in steps of `step` seconds, counted from `since` to
+        `until` (excluded); in order of server and time. A step without traffic is left out."""
 
     async def close(self) -> None:
         """Finish writing and close."""

@@ -54,6 +54,7 @@ from controller.ports import (
     Store,
     StoreError,
     Target,
+    TrafficRecord,
 )
 from controller.stages import carry_out
 
@@ -64,6 +65,7 @@ Wish = AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWishe
 IDLE = 1.0  # seconds between two ticks while nothing is going on
 BUSY = 0.1  # seconds between two ticks while a change runs
 NOTES = 10_000  # events that are kept for recording while the store cannot be written
+FLUSH = 5.0  # seconds between two writes of what the servers got
 STALLED = 5.0  # seconds without a turn of the task after which it counts as stuck
 
 
@@ -142,6 +144,8 @@ class Runtime:
         A configuration that cannot be read is no reason not to start: it is shown, and taken up when it is mended.
         """
         saved, offline = await self.store.load(), await self._edge.offline()
+        if saved.lost:
+            self._notes.append(Note("store", saved.lost))
         now = self.clock.now()
         self.state, _ = step(
             self.state,
@@ -160,7 +164,13 @@ class Runtime:
         self.post(EdgeTold(offline))
         await self._follower.look()
         await self.reread()
-        for loop in (self._decide(), self._follower.publish(), self._follower.watch(), self._watch_names()):
+        for loop in (
+            self._decide(),
+            self._follower.publish(),
+            self._follower.watch(),
+            self._watch_names(),
+            self._flush(),
+        ):
             self._spawn(loop)
         self._arm(0.0)
 
@@ -173,6 +183,7 @@ class Runtime:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._prober.close()
         await self._plane.close()
+        await self._keep_traffic()
         await self.store.close()
 
     async def reread(self) -> None:
@@ -242,6 +253,13 @@ class Runtime:
         """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after
         `seconds`; PlaneUnreachable, PlaneRefused."""
         return await self._follower.emptied(upstream, keys, revision, seconds)
+
+    async def traffic(
+        self, upstream: str, since: int, until: int, step: int, server: str | None = None
+    ) -> tuple[TrafficRecord, ...]:
+        """What servers got, up to the last reading of nginx's counters; as `Store.traffic`."""
+        await self._keep_traffic()
+        return await self.store.traffic(upstream, since, until, step, server)
 
     async def changed(self, after: int, seconds: float) -> int:
         """The version, as soon as it differs from `after`, or after `seconds`."""
@@ -337,9 +355,7 @@ class Runtime:
             try:
                 records = await self.store.save(delta)
             except StoreError as error:
-                if str(error) != self.store_error:
-                    log.error("the store cannot be written", error=str(error))
-                self.store_error = str(error)
+                self._store_fails(error)
                 self._notes = self._notes[-NOTES:]
                 if strict:
                     raise
@@ -357,6 +373,24 @@ class Runtime:
                 self._spawn(self._run_step(effect))
             elif isinstance(effect, ProbeNow):
                 self._prober.probe_now(effect.upstream, effect.server)
+
+    async def _flush(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH)
+            await self._keep_traffic()
+
+    async def _keep_traffic(self) -> None:
+        """Record what the servers got. While the store fails there is a gap."""
+        if rows := self._follower.sampler.take():
+            try:
+                await self.store.save_traffic(rows, self.clock.wall())
+            except StoreError as error:
+                self._store_fails(error)
+
+    def _store_fails(self, error: StoreError) -> None:
+        if str(error) != self.store_error:
+            log.error("the store cannot be written", error=str(error))
+        self.store_error = str(error)
 
     def _delta(self) -> Delta | None:
         new, old = self.state, self._stored

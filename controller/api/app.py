@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from controller.api import metrics, wire
 from controller.api.edge import add_check, add_edge
 from controller.api.face import Runtime
+from controller.api.history import add_history
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
 from controller.core.change import group_of, resolve
@@ -78,6 +79,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     add_readiness(app, runtime, ready_when_warm)
     add_check(app, runtime)
     add_edge(app, runtime)
+    add_history(app, runtime)
     scraped = metrics.registry(runtime)
 
     @app.get("/healthz", tags=["daemon"])

@@ -14,7 +14,7 @@ from controller.core.events import (
     WarmUpWished,
 )
 from controller.core.model import State
-from controller.ports import Clock, Counters, EventRecord, NginxConfig, Store
+from controller.ports import Clock, Counters, EventRecord, NginxConfig, Store, TrafficRecord
 
 
 class Runtime(Protocol):
@@ -66,6 +66,11 @@ class Runtime(Protocol):
     async def emptied(self, upstream: str, keys: tuple[str, ...], revision: int, seconds: float) -> dict[str, int]:
         """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after
         `seconds`; PlaneUnreachable, PlaneRefused."""
+
+    async def traffic(
+        self, upstream: str, since: int, until: int, step: int, server: str | None = None
+    ) -> tuple[TrafficRecord, ...]:
+        """What servers got in each step of `step` seconds from `since` to `until`; as `Store.traffic`."""
 
     async def changed(self, after: int, seconds: float) -> int:
         """The version, as soon as it differs from `after`, or as it is when the seconds have passed."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from controller.core.policy import Policy
 from controller.ports import Check
 from controller.settings.tables import Tables
 from controller.settings.values import (
     AbsolutePath,
+    Duration,
     Listen,
     PositiveDuration,
     ReadableFile,
@@ -67,9 +68,11 @@ class Readiness(Table):
 
 
 class Store(Table):
-    """[store]: where changes and events are remembered."""
+    """[store]: where changes, events and traffic are remembered, and how much of it."""
 
     url: StoreUrl = "sqlite:////var/lib/headgate/state.db"
+    keep_events: Annotated[int, Field(ge=1000)] = 50_000
+    keep_traffic: Annotated[Duration, Field(ge=60)] = 86400.0
 
 
 class Log(Table):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from controller.adapters.store import sqlite
 from controller.adapters.store.sqlite import SqliteStore
 from controller.core.events import Note
 from controller.core.model import (
@@ -178,13 +177,12 @@ async def test_events_come_back_in_order_as_they_were_recorded(store: SqliteStor
     assert await store.events(after=3) == ()
 
 
-async def test_only_the_newest_events_stay_and_no_id_comes_twice(
-    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite, "EVENTS_KEPT", 3)
+async def test_only_the_newest_events_stay_and_no_id_comes_twice(path: Path) -> None:
+    store = SqliteStore(f"sqlite:///{path}", keep_events=3)
     for number in range(5):
         await store.save(delta(notes=(Note("k", str(number)),)))
     assert [event.id for event in await store.events()] == [3, 4, 5]
+    await store.close()
 
 
 async def test_a_failed_save_writes_nothing_of_it(store: SqliteStore) -> None:
@@ -219,24 +217,43 @@ async def test_a_second_daemon_is_told_who_holds_the_store_and_may_have_it_after
     await second.close()
 
 
-async def test_a_file_that_is_no_database_is_named_and_left_alone(store: SqliteStore, path: Path) -> None:
+async def test_a_file_that_is_no_database_is_kept_aside_and_a_new_store_begins(store: SqliteStore, path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"hello " * 1000)
-    with pytest.raises(StoreError, match=r"state\.db.*not a database.*move the file"):
-        await store.load()
-    assert path.read_bytes() == b"hello " * 1000
+    path.with_name("state.db.corrupt-1").write_bytes(b"an earlier one")
+    saved = await store.load()
+    assert "state.db could not be read (file is not a database); it is kept as state.db.corrupt-2" in saved.lost
+    assert replace(saved, lost="") == Saved()
+    assert path.with_name("state.db.corrupt-2").read_bytes() == b"hello " * 1000
+    assert path.with_name("state.db.corrupt-1").read_bytes() == b"an earlier one"
+    await store.save(delta(peers={("app", "a:1"): PEER}))
+    again = await reopened(store)
+    assert (again.lost, dict(again.peers)) == ("", {("app", "a:1"): PEER})
 
 
-async def test_a_damaged_database_is_named(store: SqliteStore, path: Path) -> None:
+async def test_a_damaged_database_is_kept_aside_with_its_log_and_a_new_store_begins(
+    store: SqliteStore, path: Path
+) -> None:
     await store.save(delta(notes=[Note("k", "t" * 500) for _ in range(200)]))
     await store.close()
     content = bytearray(path.read_bytes())
     for page in range(4096, len(content), 4096):
         content[page : page + 64] = b"\xff" * 64
     path.write_bytes(content)
+    path.with_name("state.db-wal").write_bytes(b"its log")
     again = SqliteStore(f"sqlite:///{path}")
-    with pytest.raises(StoreError, match=r"state\.db.*move the file"):
-        await again.load()
+    assert "it is kept as state.db.corrupt-1" in (await again.load()).lost
+    assert await again.events() == ()
+    assert path.with_name("state.db.corrupt-1").exists()
+    await again.close()
+
+
+async def test_a_store_that_was_deleted_begins_anew(store: SqliteStore, path: Path) -> None:
+    await store.save(delta(peers={("app", "a:1"): PEER}))
+    await store.close()
+    path.unlink()
+    again = SqliteStore(f"sqlite:///{path}")
+    assert await again.load() == Saved()
     await again.close()
 
 

@@ -65,12 +65,14 @@ class TestClock:
 
 
 class HeldPlane:
-    """nginx: serves what is published, unless `error`; `busy` are requests in flight by server key."""
+    """nginx: serves what is published, unless `error`; `busy` are requests in flight by server key, `served` those
+    that were answered beyond the first hundred."""
 
     def __init__(self) -> None:
         self.revision = 0
         self.error = ""
         self.busy: dict[str, int] = {}
+        self.served: dict[str, int] = {}
         self.asked = threading.Event()  # set whenever the counters of one upstream were read
 
     async def status(self) -> PlaneStatus:
@@ -87,9 +89,19 @@ class HeldPlane:
         if upstream:
             self.asked.set()
         names = [each for each in (APP, NAMED) if upstream in (None, each.name)]
-        counted = PeerCounters(0, 100, 2, answered=98, errors=4, timeouts=1, seconds=2.45, refused_marks=3)
-        seen = {u.name: {s.key: replace(counted, in_flight=self.busy.get(s.key, 0)) for s in u.servers} for u in names}
+        seen = {u.name: {s.key: self._counted(s.key) for s in u.servers} for u in names}
         return Counters("nginx", self.revision, seen)
+
+    def _counted(self, key: str) -> PeerCounters:
+        more = self.served.get(key, 0)
+        return PeerCounters(
+            *(self.busy.get(key, 0), 100 + more, 2),
+            answered=98 + more,
+            errors=4,
+            timeouts=1,
+            seconds=2.45 + 0.01 * more,
+            refused_marks=3,
+        )
 
     async def close(self) -> None:
         pass

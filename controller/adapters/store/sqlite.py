@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,49 +19,15 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from controller.adapters.store.schema import MIGRATIONS
 from controller.core.model import Change, ChangeStatus, Peer
-from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError
-
-EVENTS_KEPT = 50_000
-"""The newest events that stay; older ones are dropped as new ones come."""
+from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError, TrafficRecord
 
 _T = TypeVar("_T")
 _PREFIX = "sqlite:///"
 _PEER = TypeAdapter(Peer)
 _CHANGE = TypeAdapter(Change)
 
-_MIGRATIONS = (
-    """
-    CREATE TABLE meta (
-        one INTEGER PRIMARY KEY CHECK (one = 1),
-        now REAL NOT NULL, boot TEXT NOT NULL,
-        revision INTEGER NOT NULL, next_change INTEGER NOT NULL, next_epoch INTEGER NOT NULL
-    ) STRICT;
-    CREATE TABLE peer (
-        upstream TEXT NOT NULL, server TEXT NOT NULL, document TEXT NOT NULL,
-        PRIMARY KEY (upstream, server)
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE change (
-        id INTEGER PRIMARY KEY,
-        kind TEXT NOT NULL, upstream TEXT NOT NULL, status TEXT NOT NULL, forced INTEGER NOT NULL,
-        created_at REAL NOT NULL, ended_at REAL, error TEXT NOT NULL,
-        document TEXT
-    ) STRICT;
-    CREATE INDEX change_unfinished ON change (id) WHERE document IS NOT NULL;
-    CREATE TABLE step (
-        change INTEGER NOT NULL REFERENCES change (id), position INTEGER NOT NULL,
-        name TEXT NOT NULL, server TEXT NOT NULL, batch INTEGER NOT NULL, state TEXT NOT NULL,
-        started_at REAL, ended_at REAL, detail TEXT NOT NULL,
-        PRIMARY KEY (change, position)
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE event (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        at REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL,
-        upstream TEXT NOT NULL, server TEXT NOT NULL, change INTEGER
-    ) STRICT;
-    """,
-)
-"""One script a schema version; `PRAGMA user_version` says how many have been run."""
 
 # A wall time, once recorded, stays: worked out again after the clock was set it would move.
 _SAVE_CHANGE = """
@@ -76,21 +42,55 @@ _SAVE_STEP = """
         started_at = COALESCE(started_at, excluded.started_at), ended_at = COALESCE(ended_at, excluded.ended_at)
     WHERE (state, detail) IS NOT (excluded.state, excluded.detail)
 """
+_SAVE_TRAFFIC = """
+    INSERT INTO traffic SELECT id, ?, ?, ?, ?, ?, ?, ? FROM series WHERE upstream = ? AND server = ?
+    ON CONFLICT (series, at) DO UPDATE SET requests = requests + excluded.requests,
+        answered = answered + excluded.answered, errors = errors + excluded.errors,
+        failures = failures + excluded.failures, seconds = seconds + excluded.seconds,
+        in_flight = MAX(in_flight, excluded.in_flight)
+"""
+_TRAFFIC = """
+    SELECT upstream, server, :since + (at - :since) / :step * :step AS step, SUM(requests), SUM(answered), SUM(errors),
+        SUM(failures), SUM(seconds), MAX(in_flight)
+    FROM series JOIN traffic ON series = id
+    WHERE upstream = :upstream AND (:server IS NULL OR server = :server) AND at >= :since AND at < :until
+    GROUP BY server, step ORDER BY server, step
+"""
+# Two searches of one index each; one search for both names would sort them all.
+_EVENTS_OF = """
+    SELECT * FROM (
+        SELECT * FROM (SELECT * FROM event WHERE upstream = ?1 AND server = ?2 ORDER BY id DESC LIMIT ?3)
+        UNION ALL SELECT * FROM (SELECT * FROM event WHERE upstream = ?1 AND server = '' ORDER BY id DESC LIMIT ?3)
+        ORDER BY id DESC LIMIT ?3
+    ) ORDER BY id
+"""
+_EVENTS_BETWEEN = """
+    SELECT * FROM (
+        SELECT * FROM event WHERE upstream = ? AND at >= ? AND at < ? AND kind <> 'step' ORDER BY at DESC LIMIT ?
+    ) ORDER BY id
+"""
 _CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error"
 
 
 class SqliteStore:
     """`ports.Store` on a SQLite file; `url` is `sqlite:////absolute/path`.
 
+    The newest `keep_events` events stay, and what servers got in the last `keep_traffic` seconds. A damaged file is
+    kept aside at the first call, as `<path>.corrupt-N`, and a new one begins; `load` says so.
+
     Nothing is opened before the first call; directory (0750) and file (0640) are created where they are missing.
     The file `<path>.lock` is held until `close`; a second daemon's first call raises StoreError.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keep_events: int = 50_000, keep_traffic: float = 86400.0) -> None:
         path = url.removeprefix(_PREFIX)
         if not url.startswith(_PREFIX) or not path.startswith("/") or path.endswith("/"):
             raise StoreError(f"store.url {url!r} is not a SQLite file", "write sqlite:////absolute/path/state.db")
         self.path = Path(path)
+        self._keep_events = keep_events
+        self._keep_traffic = keep_traffic
+        self._pruned = 0.0
+        self._lost = ""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._connection: sqlite3.Connection | None = None
         self._lock: int | None = None
@@ -113,12 +113,48 @@ class SqliteStore:
         """One change with its steps in order."""
         return await self._run(lambda db: self._one(db, change))
 
+    async def last_change(self, upstream: str, server: str) -> ChangeRecord | None:
+        """The newest change in which this server has steps, with its steps."""
+        sql = """
+            SELECT change FROM step JOIN change ON change.id = step.change
+            WHERE step.server = ? AND change.upstream = ? ORDER BY step.change DESC LIMIT 1
+        """
+
+        def last(db: sqlite3.Connection) -> ChangeRecord | None:
+            found = db.execute(sql, (server, upstream)).fetchone()
+            return found and self._one(db, found[0])
+
+        return await self._run(last)
+
     async def events(self, after: int | None = None, limit: int = 200) -> tuple[EventRecord, ...]:
         """Events with id > `after` in order; without `after` the newest `limit`, in order."""
         newest = "SELECT * FROM (SELECT * FROM event ORDER BY id DESC LIMIT ?) ORDER BY id"
         since = "SELECT * FROM event WHERE id > ? ORDER BY id LIMIT ?"
         sql, values = (newest, (limit,)) if after is None else (since, (after, limit))
         return await self._run(lambda db: tuple(EventRecord(*row) for row in db.execute(sql, values)))
+
+    async def events_between(self, upstream: str, since: float, until: float, limit: int) -> tuple[EventRecord, ...]:
+        """The newest `limit` events of an upstream within a time (seconds since the epoch, `until` excluded), in
+        order; without the single steps of changes."""
+        values = (upstream, since, until, limit)
+        return await self._run(lambda db: tuple(EventRecord(*row) for row in db.execute(_EVENTS_BETWEEN, values)))
+
+    async def events_of(self, upstream: str, server: str, limit: int) -> tuple[EventRecord, ...]:
+        """The newest `limit` events of this server, and of its upstream as a whole, in order."""
+        values = (upstream, server, limit)
+        return await self._run(lambda db: tuple(EventRecord(*row) for row in db.execute(_EVENTS_OF, values)))
+
+    async def save_traffic(self, rows: Sequence[TrafficRecord], wall: float) -> None:
+        """Add these seconds to what is there, and forget, once a minute, what is too old."""
+        await self._run(lambda db: self._save_traffic(db, rows, wall))
+
+    async def traffic(
+        self, upstream: str, since: int, until: int, step: int, server: str | None = None
+    ) -> tuple[TrafficRecord, ...]:
+        """What the servers of an upstream (or one of them) got in steps of `step` seconds, counted from `since` to
+        `until` (excluded); in order of server and time. A step without traffic is left out."""
+        values = {"upstream": upstream, "since": since, "until": until, "step": step, "server": server}
+        return await self._run(lambda db: tuple(TrafficRecord(*row) for row in db.execute(_TRAFFIC, values)))
 
     async def close(self) -> None:
         """Finish writing, close the file and let go of the lock. It may be called twice."""
@@ -150,6 +186,19 @@ class SqliteStore:
             remedy = "make the directory writable for the user that runs headgate, or change store.url"
             raise StoreError(f"the store {self.path} cannot be opened: {error.strerror}", remedy) from error
         os.close(descriptor)
+        try:
+            try:
+                return self._connect()
+            except sqlite3.DatabaseError as error:
+                if _code(error) not in _DAMAGED:
+                    raise
+                self._set_aside(error)
+                return self._connect()
+        except BaseException:
+            self._shut()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
         # One thread makes and uses the connection; transactions are written out below.
         db = sqlite3.connect(self.path, isolation_level=None)
         try:
@@ -159,9 +208,27 @@ class SqliteStore:
             self._migrate(db)
         except BaseException:
             db.close()
-            self._shut()
             raise
         return db
+
+    def _set_aside(self, error: sqlite3.Error) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(aside)
+            for end in ("-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{self.path}{end}", f"{aside}{end}")
+        except OSError as failure:
+            remedy = "make the directory writable for the user that runs headgate"
+            raise StoreError(
+                f"the damaged store {self.path} cannot be set aside: {failure.strerror}", remedy
+            ) from error
+        self._lost = (
+            f"the store {self.path} could not be read ({error}); it is kept as {aside.name}, and a new one begins:"
+            " changes and events of before are not in it"
+        )
 
     def _take_lock(self) -> None:
         lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -183,13 +250,13 @@ class SqliteStore:
         if verdict != "ok":
             raise sqlite3.DatabaseError("damaged: " + " ".join(verdict.split()))
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(_MIGRATIONS):
+        if version > len(MIGRATIONS):
             raise StoreError(
                 f"the store {self.path} was written by a newer Headgate (schema {version}, this one knows"
-                f" {len(_MIGRATIONS)})",
+                f" {len(MIGRATIONS)})",
                 "install that version again, or give this one its own store.url",
             )
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
             db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT")
 
     def _load(self, db: sqlite3.Connection) -> Saved:
@@ -203,13 +270,12 @@ class SqliteStore:
             for number, document in db.execute("SELECT id, document FROM change WHERE document IS NOT NULL ORDER BY id")
         }
         if meta is None:
-            return Saved()
+            return Saved(lost=self._lost)
         now, boot, revision, next_change, next_epoch = meta
         return Saved(now, boot, revision, next_change, next_epoch, peers, changes)
 
     def _save(self, db: sqlite3.Connection, delta: Delta) -> tuple[EventRecord, ...]:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with _transaction(db):
             db.execute(
                 "INSERT OR REPLACE INTO meta VALUES (1, ?, ?, ?, ?, ?)",
                 (delta.now, delta.boot, delta.revision, delta.next_change, delta.next_epoch),
@@ -227,14 +293,29 @@ class SqliteStore:
                 number = db.execute("INSERT INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?)", values).lastrowid
                 records.append(EventRecord(number or 0, *values))
             if records:
-                db.execute("DELETE FROM event WHERE id <= ?", (records[-1].id - EVENTS_KEPT,))
-            db.execute("COMMIT")
-        except BaseException:
-            # A full disk makes SQLite roll back by itself, and a second ROLLBACK would be the error that is seen.
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+                db.execute("DELETE FROM event WHERE id <= ?", (records[-1].id - self._keep_events,))
         return tuple(records)
+
+    def _save_traffic(self, db: sqlite3.Connection, rows: Sequence[TrafficRecord], wall: float) -> None:
+        with _transaction(db):
+            names = dict.fromkeys((row.upstream, row.server) for row in rows)
+            db.executemany("INSERT OR IGNORE INTO series VALUES (NULL, ?, ?)", names)
+            db.executemany(
+                _SAVE_TRAFFIC,
+                (
+                    (
+                        *(row.at, row.requests, row.answered, row.errors, row.failures, row.seconds, row.in_flight),
+                        *(row.upstream, row.server),
+                    )
+                    for row in rows
+                ),
+            )
+            if abs(wall - self._pruned) >= 60:
+                self._pruned = wall
+                for (series,) in db.execute("SELECT id FROM series").fetchall():
+                    old = (series, wall - self._keep_traffic)
+                    db.execute("DELETE FROM traffic WHERE series = ? AND at < ?", old)
+                db.execute("DELETE FROM series WHERE NOT EXISTS (SELECT 1 FROM traffic WHERE series = id)")
 
     def _save_change(self, db: sqlite3.Connection, change: Change, delta: Delta) -> None:
         def wall(seconds: float | None) -> float | None:
@@ -270,19 +351,21 @@ class SqliteStore:
             return adapter.validate_json(document, strict=True)
         except ValidationError as error:
             message = f"the store {self.path} holds a {what} that cannot be read: {error}"
-            raise StoreError(message, _SET_ASIDE) from error
+            remedy = (
+                "install the Headgate that wrote it, or move the file and its -wal and -shm away and start again: what"
+                " operators wished (drain, maint) and unfinished changes are forgotten, the traffic is not touched"
+            )
+            raise StoreError(message, remedy) from error
 
     def _store_error(self, error: sqlite3.Error) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         remedy = {
             sqlite3.SQLITE_FULL: "free space on its file system; nginx goes on with the table it has",
             sqlite3.SQLITE_IOERR: "look at its file system (space, quota, dmesg); nginx goes on with the table it has",
             sqlite3.SQLITE_READONLY: "make file and directory writable for the user that runs headgate",
             sqlite3.SQLITE_CANTOPEN: "make file and directory writable for the user that runs headgate",
             sqlite3.SQLITE_BUSY: "close the other program that writes to it",
-            sqlite3.SQLITE_CORRUPT: _SET_ASIDE,
-            sqlite3.SQLITE_NOTADB: _SET_ASIDE,
-        }.get(code, "look at the file and its file system")
+            **dict.fromkeys(_DAMAGED, "restart the daemon: it keeps the file aside and begins a new one"),
+        }.get(_code(error), "look at the file and its file system")
         return StoreError(f"the store {self.path}: {error}", remedy)
 
     def _shut(self) -> None:
@@ -297,10 +380,24 @@ class SqliteStore:
             self._lock = None
 
 
-_SET_ASIDE = (
-    "move the file and its -wal and -shm away and start again: what operators wished (drain, maint) and unfinished"
-    " changes are forgotten, the traffic is not touched"
-)
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # A full disk makes SQLite roll back by itself, and a second ROLLBACK would be the error that is seen.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def _encode(value: Peer | Change) -> str:
