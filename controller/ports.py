@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from controller.core.events import Note
 from controller.core.model import Change, Master, Peer, Server, Upstream
@@ -109,6 +109,9 @@ class DataPlane(Protocol):
 
     async def counters(self, upstream: str | None = None) -> Counters:
         """Read the counters, of one upstream or of all; PlaneUnreachable."""
+
+    async def remembered(self) -> Mapping[str, Any] | None:
+        """The table that was handed over last, in this life or an earlier one, None where that is not known."""
 
     async def close(self) -> None:
         """Let go of connections."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from controller.core import change, peers
+from controller.core import change, peers, recall
 from controller.core.events import (
     AdminWished,
     ChangeWished,
@@ -48,9 +48,11 @@ from controller.ports import (
     EventRecord,
     NginxConfig,
     Pace,
+    PlaneRefused,
     PlaneUnreachable,
     Prober,
     ProcessControl,
+    Saved,
     Store,
     StoreError,
     Target,
@@ -146,6 +148,8 @@ class Runtime:
         saved, offline = await self.store.load(), await self._edge.offline()
         if saved.lost:
             self._notes.append(Note("store", saved.lost))
+        if saved.now == 0:
+            saved = await self._recall()
         now = self.clock.now()
         self.state, _ = step(
             self.state,
@@ -173,6 +177,22 @@ class Runtime:
         ):
             self._spawn(loop)
         self._arm(0.0)
+
+    async def _recall(self) -> Saved:
+        """What is known without a store: the servers as nginx's table has them.
+
+        Warm-ups are counted from the time of day on, for nginx may know the numbers of forgotten ones.
+        """
+        now = self.clock.now()
+        try:
+            known = recall.peers(await self._plane.remembered() or {}, now)
+        except (PlaneUnreachable, PlaneRefused):
+            known = {}
+        if known:
+            away = [f"{name}: {key}" for (name, key), peer in known.items() if peer.admin is not Admin.READY]
+            text = f"the store is new; {len(known)} servers are taken over as nginx's table has them"
+            self._notes.append(Note("store", f"{text}, without traffic {', '.join(away)}" if away else text))
+        return Saved(now, self.clock.boot(), next_epoch=int(self.clock.wall()), peers=known)
 
     async def close(self) -> None:
         """Stop deciding and let go of everything; traffic stays as it is, running changes go on in the next life."""

@@ -40,6 +40,15 @@ async def test_a_table_is_acknowledged_with_its_revision_and_seen_in_status_and_
     assert set(status.workers) >= set(edge.nginx.workers())
 
 
+async def test_the_table_that_was_handed_over_last_is_remembered(edge: Edge) -> None:
+    assert await edge.plane.remembered() is None
+    await edge.publish([server(edge.backends[0].port, state="drain"), *up(edge.backends[1])])
+    table = await edge.plane.remembered()
+    assert table is not None
+    assert table["revision"] == 1
+    assert [each["state"] for each in table["upstreams"]["app"]["servers"]] == ["drain", "up"]
+
+
 async def test_an_older_revision_is_refused_and_the_one_in_force_is_named(edge: Edge) -> None:
     edge.revision = 6
     await edge.publish(up(*edge.backends))

@@ -84,6 +84,9 @@ class HeldPlane:
         self.revision = int(str(table["revision"]))
         return PlaneStatus("nginx", self.revision)
 
+    async def remembered(self) -> Mapping[str, Any] | None:
+        return None
+
     async def counters(self, upstream: str | None = None) -> Counters:
         await self._answer()
         if upstream:

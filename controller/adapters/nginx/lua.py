@@ -98,6 +98,16 @@ class LuaPlane:
         }
         return Counters(answer["boot"], answer["revision"], upstreams, dict(answer["native"]))
 
+    async def remembered(self) -> Mapping[str, Any] | None:
+        """The table in the snapshot; None where there is none that can be read."""
+        try:
+            content = await asyncio.to_thread(read, self._snapshot)
+            table = json.loads(content or b"null")
+        except (OSError, ValueError) as error:
+            log.warning("the snapshot cannot be read", error=str(error))
+            return None
+        return table if isinstance(table, dict) else None
+
     async def close(self) -> None:
         """Close the client's side; nginx goes on with its table."""
         if self._session is not None:

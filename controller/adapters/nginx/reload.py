@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -143,6 +144,11 @@ class ReloadPlane:
             warm = (None, 0.0, False) if ramp is None or ramp.ended else (ramp.epoch, ramp.time(now), True)
             found[name][key] = PeerCounters(count, 0, 0, *warm)
         return Counters(_boot(master), revision, found)
+
+    async def remembered(self) -> Mapping[str, Any] | None:
+        """The table that the state file holds; None where there is none."""
+        await self._begin()
+        return self._known.table
 
     async def close(self) -> None:
         """Finish a reload that is under way; traffic stays as it is."""
