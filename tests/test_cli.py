@@ -83,7 +83,7 @@ def test_status_shows_what_is_wrong(house: House) -> None:
 
 def test_status_as_json_is_the_answer_of_the_api(house: House) -> None:
     answer = json.loads(headgate(house, "status", "--json").stdout)
-    assert list(answer) == ["revision", "data_plane", "config", "upstreams"]
+    assert list(answer) == ["revision", "data_plane", "offline", "config", "upstreams"]
 
 
 def test_drain_answers_at_once_and_with_wait_when_the_server_is_empty(house: House) -> None:

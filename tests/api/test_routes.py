@@ -45,7 +45,7 @@ def server(client: Client, address: str, upstream: str = "app") -> dict[str, Any
 
 def test_status_has_the_shape_of_the_design(client: Client) -> None:
     status = client.status()
-    assert list(status) == ["revision", "data_plane", "config", "upstreams"]
+    assert list(status) == ["revision", "data_plane", "offline", "config", "upstreams"]
     assert status["config"] == {"state": "ok", "error": None}
     assert status["data_plane"] == "lua"
     assert [upstream["name"] for upstream in status["upstreams"]] == ["app", "named"]
