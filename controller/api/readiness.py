@@ -28,7 +28,7 @@ _OUT = {
 
 
 def readiness_app(runtime: Runtime, warm: bool) -> FastAPI:
-    """An app with these two routes and nothing else."""
+    """An app with these two routes, the check of the edge host, and nothing else."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     answer_problems(app)
     add_readiness(app, runtime, warm)
