@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from controller import cli_view
 from controller.client import Client
@@ -36,10 +36,9 @@ def headgate(house: House, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def shown(what: RenderableType) -> list[str]:
-    out = Console(file=io.StringIO(), width=200, highlight=False)
-    out.print(what)
-    assert isinstance(out.file, io.StringIO)
-    return [line.rstrip() for line in out.file.getvalue().splitlines()]
+    out = io.StringIO()
+    cli_view.console(out).print(what)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
 def point(at: int, requests: float, **more: float) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def test_history_has_a_line_a_step_with_its_rates_and_events() -> None:
             {"server": "a:1", "points": [point(AT + 10, 25), point(AT + 30, 5, errors=3, failures=1)]},
             {"server": "b:1", "points": [point(AT + 10, 12_345), point(AT + 50, 1)]},
         ],
-        "events": [{"at": AT + 31.5, "text": "app: a:1 drains"}, {"at": AT + 39.9, "text": "app: a:1 is down"}],
+        "events": [{"at": AT + 31.5, "text": "app: a:1 drains"}, {"at": AT + 39.9, "text": "app: [::1]:1 is down"}],
     }
     times = [cli_view.clock(AT + 10 * step) for step in range(6)]
     header, *lines = shown(cli_view.history(answer, now=AT + 55))
@@ -64,7 +63,7 @@ def test_history_has_a_line_a_step_with_its_rates_and_events() -> None:
         [times[1], "2.5", "1,234.5"],
         [times[2], "·", "·"],
         [times[3], "0.5", "·", "3", "1", "app:", "a:1", "drains"],
-        ["app:", "a:1", "is", "down"],
+        ["app:", "[::1]:1", "is", "down"],
         [times[4], "·", "·"],
         [times[5], "…", "…"],
     ]

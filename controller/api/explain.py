@@ -13,9 +13,9 @@ from controller.core import cold, ejection, table, warmup
 from controller.core.model import Admin, Group, Health, Peer, Routing, Server, State, Warmth
 from controller.ports import ChangeRecord, Counters, EventRecord, PeerCounters, StepRecord, TrafficRecord
 
-STEP = 10  # seconds
 _SMEAR = 2.0  # seconds over which a request may be spread in the records, and in which nginx takes a table
 _NOTHING = PeerCounters(0, 0, 0)
+_BEGAN = " warms up over "
 _NAMED = 3  # stages of a change that are named, the longest first
 _STAGES = {
     "before_drain": "the hooks of [upstream.*.hooks] ran",
@@ -37,7 +37,7 @@ _STAGES = {
 @dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known of one server: the state at `now` (`wall`: seconds since the epoch), its events in order, its
-    newest change, its traffic second by second, and in steps of STEP seconds that of the whole upstream."""
+    newest change, its traffic second by second, and the requests a second of the whole upstream in its warm-up."""
 
     state: State
     group: Group
@@ -49,7 +49,7 @@ class Facts:
     events: tuple[EventRecord, ...] = ()
     change: ChangeRecord | None = None
     traffic: tuple[TrafficRecord, ...] = ()
-    whole: tuple[TrafficRecord, ...] = ()
+    rate: float = 0.0
 
     @property
     def name(self) -> str:
@@ -80,6 +80,14 @@ class Facts:
         """The newest event of this server that is of one of these kinds and says this."""
         mine = (each for each in reversed(self.events) if each.server == self.key and each.kind in kinds)
         return next((each for each in mine if saying in each.text), None)
+
+
+def warmed(facts: Facts) -> tuple[int, int] | None:
+    """From when to when its last warm-up ran by its duration, in whole seconds since the epoch; None: none recorded."""
+    duration = int(facts.group.upstream.policy.warm_up.duration)
+    if (begun := facts.newest("warm-up", saying=_BEGAN)) is None or duration < 1:
+        return None
+    return int(begun.at), int(begun.at) + duration
 
 
 def explain(facts: Facts) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -237,7 +245,7 @@ def _begin(facts: Facts) -> Iterator[str]:
     if warm.phase is Warmth.QUEUED:
         yield f"It has not begun ({warm.cause}): as much of the upstream is cold as warm_up.max_cold allows."
         return
-    begun = facts.newest("warm-up", saying=" warms up over ")
+    begun = facts.newest("warm-up", saying=_BEGAN)
     if begun is None or not warm.epoch:
         yield "None is recorded: nginx was sending to it before Headgate knew it, so it counted as warm."
         return
@@ -261,7 +269,7 @@ def _begin(facts: Facts) -> Iterator[str]:
 
 def _ramp(facts: Facts) -> Iterator[str]:
     warm, policy, upstream = facts.peer.warm_up, facts.group.upstream.policy.warm_up, facts.group.upstream
-    begun = facts.newest("warm-up", saying=" warms up over ")
+    begun = facts.newest("warm-up", saying=_BEGAN)
     if begun is None or not warm.epoch or policy.duration <= 0:
         return
     bent = [
@@ -286,12 +294,10 @@ def _ramp(facts: Facts) -> Iterator[str]:
         yield f"The method {method} chooses by more than the weight, so the share follows it only roughly."
     if upstream.policy.sticky.cookie:
         yield "Requests of a session go where its cookie says, whatever the weights."
-    during = [each for each in facts.whole if begun.at - STEP < each.at <= begun.at + policy.duration]
-    rate = sum(each.requests for each in during) / (STEP * len({each.at for each in during})) if during else 0.0
-    few = rate * policy.floor * facts.server.weight / (sum(each.weight for each in upstream.servers) or 1)
+    few = facts.rate * policy.floor * facts.server.weight / (sum(each.weight for each in upstream.servers) or 1)
     if 0 < few < 1:
         yield (
-            f"The upstream had {rate:.1f} requests a second: at its beginning the ramp was one request in"
+            f"The upstream had {facts.rate:.1f} requests a second: at its beginning the ramp was one request in"
             f" {1 / few:.0f} s, so the line consists of single requests."
         )
 

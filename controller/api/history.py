@@ -3,13 +3,14 @@ say stands in explain.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import FastAPI, Query
 from pydantic import BaseModel
 
 from controller.api import wire
-from controller.api.explain import STEP, Facts, explain
+from controller.api.explain import Facts, explain, warmed
 from controller.api.face import Runtime
 from controller.core.change import group_of, resolve
 from controller.core.model import Refused
@@ -145,8 +146,11 @@ def add_history(app: FastAPI, runtime: Runtime) -> None:
                 events=await runtime.store.events_of(upstream, key, _EVENTS),
                 change=await runtime.store.last_change(upstream, key),
                 traffic=await runtime.traffic(upstream, wall - _LOOK_BACK, wall + 1, 1, key),
-                whole=await runtime.traffic(upstream, wall - _LOOK_BACK, wall + 1, STEP),
             )
+            if span := warmed(facts):
+                since, until = span[0], min(span[1], wall)
+                rows = await runtime.traffic(upstream, since, until, max(1, until - since))
+                facts = replace(facts, rate=sum(row.requests for row in rows) / max(1, until - since))
             answers = [Answer(question=question, sentences=list(said)) for question, said in explain(facts)]
             stories.append(Story(server=key, answers=answers))
         return Explanation(upstream=upstream, servers=stories)

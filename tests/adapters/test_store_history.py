@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from controller.adapters.store import sqlite
 from controller.adapters.store.schema import MIGRATIONS
 from controller.adapters.store.sqlite import SqliteStore
 from controller.core.events import Note
 from controller.core.model import Change, ChangeKind, Step, StepName
-from controller.ports import Delta, TrafficRecord
+from controller.ports import Delta, StoreError, TrafficRecord
 
 DAY = 86400
 NOW = 20_000 * DAY
@@ -64,6 +65,16 @@ async def test_longer_steps_are_counted_from_the_beginning_that_was_asked_for(st
     await store.save_traffic(tuple(row(NOW + at) for at in range(25)), NOW)
     steps = await store.traffic("app", NOW + 3, NOW + 23, 10)
     assert [(each.at - NOW, each.requests) for each in steps] == [(3, 10.0), (13, 10.0)]
+
+
+async def test_a_look_at_the_traffic_is_given_up_when_it_takes_too_long(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.save_traffic(tuple(row(NOW + at, f"s{server}") for at in range(1000) for server in range(50)), NOW)
+    monkeypatch.setattr(sqlite, "READING", 0.0)
+    with pytest.raises(StoreError, match=r"interrupted.*ask for less time"):
+        await store.traffic("app", NOW, NOW + 1000, 10)
+    await store.save_traffic((row(NOW),), NOW)
 
 
 async def test_traffic_that_is_too_old_is_forgotten_with_the_servers_that_have_none_left(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from controller.api.explain import Facts, explain
+from controller.api.explain import Facts, explain, warmed
 from controller.core import table
 from controller.core.model import (
     Admin,
@@ -211,13 +211,14 @@ RAMP = (
 
 def test_a_curve_is_explained_by_what_held_it_and_by_how_it_is_configured() -> None:
     peer = replace(UP, warm_up=WarmUp(Warmth.DONE, 100.0, NOW, 3, "restarted"))
-    whole = traffic(*(WALL - at for at in range(10, 100, 10)), requests=1000.0)
-    assert said(facts(peer, events=RAMP, whole=whole), CURVE) == [
+    assert said(facts(peer, events=RAMP, rate=100.0), CURVE) == [
         f"At {clock(WALL - 60)} was recorded: {RAMP[2].text}.",
         f"At {clock(WALL - 20)} was recorded: {RAMP[3].text}.",
         "As configured it begins with 10%, has 50% after 50 s and all after 100 s (floor 10%, curve 1).",
     ]
     assert said(facts(peer), CURVE) == []
+    assert warmed(facts(peer, events=RAMP)) == (WALL - 90, WALL + 10)
+    assert warmed(facts(peer)) is None
 
 
 def test_stairs_methods_sessions_and_single_requests_are_named_where_they_shape_the_curve() -> None:
@@ -226,8 +227,7 @@ def test_stairs_methods_sessions_and_single_requests_are_named_where_they_shape_
         peer, warm_up=replace(WARM, steps=4), balance=BalancePolicy(method="hash", key="$uri"),
         sticky=StickyPolicy(cookie="route"),
     )  # fmt: skip
-    whole = traffic(*(WALL - at for at in range(10, 100, 10)), requests=20.0)
-    found = said(facts(peer, odd, events=RAMP[:2], whole=whole, data_plane="reload"), CURVE)
+    found = said(facts(peer, odd, events=RAMP[:2], rate=2.0, data_plane="reload"), CURVE)
     assert found[0] == "Nothing is recorded that held it or made it jump."
     assert found[2:] == [
         "It goes up in 4 stairs of 25 s (warm_up.steps).",

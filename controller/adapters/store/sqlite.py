@@ -11,7 +11,8 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from pydantic_core import to_json
 from controller.adapters.store.schema import MIGRATIONS
 from controller.core.model import Change, ChangeStatus, Peer
 from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError, TrafficRecord
+
+READING = 10.0
+"""Seconds after which a look at the traffic of long ago is given up."""
 
 _T = TypeVar("_T")
 _PREFIX = "sqlite:///"
@@ -152,9 +156,14 @@ class SqliteStore:
         self, upstream: str, since: int, until: int, step: int, server: str | None = None
     ) -> tuple[TrafficRecord, ...]:
         """What the servers of an upstream (or one of them) got in steps of `step` seconds, counted from `since` to
-        `until` (excluded); in order of server and time. A step without traffic is left out."""
-        values = {"upstream": upstream, "since": since, "until": until, "step": step, "server": server}
-        return await self._run(lambda db: tuple(TrafficRecord(*row) for row in db.execute(_TRAFFIC, values)))
+        `until` (excluded); in order of server and time. A step without traffic is left out.
+
+        It is read beside the writer, so that nobody who looks at a long time delays a decision.
+        """
+        values: dict[str, int | str | None] = {"upstream": upstream, "since": since, "until": until}
+        values |= {"step": step, "server": server}
+        await self._run(lambda _: None)  # it is open from here on
+        return await asyncio.to_thread(self._read_traffic, values)
 
     async def close(self) -> None:
         """Finish writing, close the file and let go of the lock. It may be called twice."""
@@ -317,6 +326,15 @@ class SqliteStore:
                     db.execute("DELETE FROM traffic WHERE series = ? AND at < ?", old)
                 db.execute("DELETE FROM series WHERE NOT EXISTS (SELECT 1 FROM traffic WHERE series = id)")
 
+    def _read_traffic(self, values: Mapping[str, int | str | None]) -> tuple[TrafficRecord, ...]:
+        deadline = time.monotonic() + READING
+        try:
+            with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as db:
+                db.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+                return tuple(TrafficRecord(*row) for row in db.execute(_TRAFFIC, values))
+        except sqlite3.Error as error:
+            raise self._store_error(error) from error
+
     def _save_change(self, db: sqlite3.Connection, change: Change, delta: Delta) -> None:
         def wall(seconds: float | None) -> float | None:
             return None if seconds is None else delta.wall - (delta.now - seconds)
@@ -363,6 +381,7 @@ class SqliteStore:
             sqlite3.SQLITE_IOERR: "look at its file system (space, quota, dmesg); nginx goes on with the table it has",
             sqlite3.SQLITE_READONLY: "make file and directory writable for the user that runs headgate",
             sqlite3.SQLITE_CANTOPEN: "make file and directory writable for the user that runs headgate",
+            sqlite3.SQLITE_INTERRUPT: f"it took longer than {READING:g} s to read; ask for less time",
             sqlite3.SQLITE_BUSY: "close the other program that writes to it",
             **dict.fromkeys(_DAMAGED, "restart the daemon: it keeps the file aside and begins a new one"),
         }.get(_code(error), "look at the file and its file system")
