@@ -131,13 +131,14 @@ def add_history(app: FastAPI, runtime: Runtime) -> None:
         server: Annotated[str, Query(description="The server's address as written in nginx.conf.")],
     ) -> Explanation:
         """Why a server gets what it gets: in sentences, from what was recorded."""
-        group = group_of(runtime.state, upstream)
+        state = runtime.state
+        group = group_of(state, upstream)
         wall = int(runtime.clock.wall())
         stories = []
         for key in resolve(group, (server,)):
             facts = Facts(
-                state=runtime.state,
-                group=runtime.state.groups[upstream],
+                state=state,
+                group=group,
                 key=key,
                 counters=runtime.counters,
                 data_plane=runtime.data_plane,
