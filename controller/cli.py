@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from controller import cli_conf, cli_doctor, cli_edge, cli_history, cli_install, cli_self
+from controller import cli_change, cli_conf, cli_doctor, cli_edge, cli_history, cli_install, cli_self
 from controller import cli_view as view
 from controller.client import Client, Json
 from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
 from controller.settings import Settings
 from controller.settings import load as load_settings
 
-FAILED, USAGE, UNREACHABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+FAILED, USAGE, UNREACHABLE, REFUSED = 1, 2, 3, 4
 
 app = typer.Typer(
     name="headgate",
@@ -41,7 +41,6 @@ _Only = Annotated[
 _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")]
 _Wait = Annotated[bool, typer.Option("--wait", help="Wait until it has taken effect.")]
 _Timeout = Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait, with --wait.")]
-_Follow = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
 _Own = Annotated[bool, typer.Option("--self", help="The server of the systemd unit in which this runs (ExecStop=).")]
 _Port = Annotated[
     int | None, typer.Option("--port", min=1, max=65535, help="With --self: the server is known by this port.")
@@ -138,7 +137,7 @@ def drain(
     change = answer["change"]
     print(f"{upstream}: {server} drains; no new request reaches it (table {answer['revision']}, change {change})")
     if wait:
-        _follow(client, change, 60.0 if timeout is None else timeout)
+        cli_change.follow(client, change, 60.0 if timeout is None else timeout)
 
 
 @app.command()
@@ -216,42 +215,6 @@ def online(context: typer.Context, server: _Server, upstream: _Only = None) -> N
 
 
 @app.command()
-def stop(
-    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
-) -> None:
-    """Drain a server, then stop its process."""
-    _begin(context, "stop", upstream, (server,), 1, force, wait)
-
-
-@app.command()
-def start(
-    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
-) -> None:
-    """Start a server's process and wait until it is up and warm."""
-    _begin(context, "start", upstream, (server,), 1, force, wait)
-
-
-@app.command()
-def restart(
-    context: typer.Context, upstream: _Upstream, server: _Server, force: _Force = False, wait: _Follow = True
-) -> None:
-    """Drain, stop and start one server, and wait until it is up and warm."""
-    _begin(context, "restart", upstream, (server,), 1, force, wait)
-
-
-@app.command()
-def rollout(
-    context: typer.Context,
-    upstream: _Upstream,
-    batch: Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")] = "1",
-    force: _Force = False,
-    wait: _Follow = True,
-) -> None:
-    """Restart all servers of an upstream, batch after batch; stops at the first that fails."""
-    _begin(context, "rollout", upstream, (), int(batch) if batch.isdecimal() else batch, force, wait)
-
-
-@app.command()
 def changes(
     context: typer.Context,
     change: Annotated[int | None, typer.Argument(metavar="[ID]", min=1, help="Show this one, step by step.")] = None,
@@ -268,7 +231,7 @@ def changes(
         else:
             view.console().print(view.changes(listed) if listed else "there has been no change yet")
     elif wait:
-        _follow(client, change)
+        cli_change.follow(client, change)
     elif as_json:
         _print_json(client.change(change))
     else:
@@ -324,6 +287,7 @@ def version() -> None:
     print(f"headgate {distribution_version('headgate')}")
 
 
+cli_change.register(app)
 cli_doctor.register(app)
 cli_edge.register(app)
 cli_conf.register(app)
@@ -362,85 +326,6 @@ def _client(context: typer.Context) -> Client:
 
 def _print_json(answer: Any) -> None:
     print(json.dumps(answer, indent=2))
-
-
-def _begin(
-    context: typer.Context,
-    kind: str,
-    upstream: str,
-    servers: tuple[str, ...],
-    batch: int | str,
-    force: bool,
-    wait: bool,
-) -> None:
-    client = _client(context)
-    change = client.begin_change(kind, upstream, servers, batch, force)
-    if wait:
-        _follow(client, change)
-    else:
-        print(f"change {change}: {kind} of {upstream} begins; follow it with: headgate changes {change} --wait")
-
-
-def _follow(client: Client, change: int, timeout: float | None = None) -> None:
-    """Show a change until it ends, then its table; exits unless it is done."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    out = view.console()
-    record: Json = {}
-    try:
-        with Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else _Lines() as shown:
-            for record in client.follow_change(change):
-                if isinstance(shown, _Lines):
-                    shown.update(record)
-                else:
-                    shown.update(view.progress(record, _in_flight(client, record)), refresh=True)
-                if deadline is not None and time.monotonic() > deadline and record["status"] == "running":
-                    break
-    except KeyboardInterrupt:
-        raise _left(change, INTERRUPTED, "interrupted") from None
-    if record["status"] == "running":
-        raise _left(change, FAILED, f"not done within {timeout:g} s")
-    out.print(view.steps(record))
-    if record["status"] == "failed":
-        raise typer.Exit(FAILED)
-
-
-def _left(change: int, code: int, why: str) -> typer.Exit:
-    print(
-        f"{why}: change {change} goes on in the daemon; follow it with: headgate changes {change} --wait",
-        file=sys.stderr,
-    )
-    return typer.Exit(code)
-
-
-def _in_flight(client: Client, change: Json) -> dict[str, int]:
-    if change["status"] != "running":
-        return {}
-    return {each["address"]: each["in_flight"] for each in client.upstream(change["upstream"])["servers"]}
-
-
-class _Lines:
-    """Progress where there is no terminal: each step that begins or ends is one line."""
-
-    def __init__(self) -> None:
-        self._begun: set[int] = set()
-        self._ended: set[int] = set()
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout.flush()
-
-    def update(self, change: Json) -> None:
-        for number, step in enumerate(change["steps"]):
-            if step["state"] == "skipped":
-                continue
-            if step["ended_at"] is not None and number not in self._ended:
-                self._ended.add(number)
-                print(view.step_line(step), flush=True)
-            elif step["state"] == "running" and number not in self._begun:
-                self._begun.add(number)
-                print(view.step_line(step), flush=True)
 
 
 def _until(

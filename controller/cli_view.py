@@ -26,6 +26,11 @@ _COLOURS = {
     "running": "cyan",
     "done": "green",
     "failed": "red",
+    "queued": "yellow",
+    "paused": "yellow",
+    "aborting": "yellow",
+    "aborted": "red",
+    "superseded": "yellow",
     "skipped": "dim",
     "pending": "dim",
 }
@@ -84,7 +89,8 @@ def changes(answer: Iterable[Json]) -> Table:
 def steps(change: Json) -> RenderableType:
     """What a change did, step by step, and how it ended."""
     table = _table("SERVER", "STEP", "STATE", "BEGAN", ("TOOK", "right"), "DETAIL")
-    for server, rows in groupby((s for s in change["steps"] if s["state"] != "skipped"), lambda step: step["server"]):
+    shown = (step for step in _by_server(change) if step["state"] != "skipped")
+    for server, rows in groupby(shown, lambda step: step["server"]):
         name = server
         for step in rows:
             state = Text(step["state"], _COLOURS[step["state"]])
@@ -97,7 +103,7 @@ def steps(change: Json) -> RenderableType:
 def progress(change: Json, in_flight: dict[str, int]) -> RenderableType:
     """A change under way: where each of its servers is."""
     table = _table("SERVER", "STEP", ("FOR", "right"), ("IN FLIGHT", "right"), "PROGRESS", "DETAIL")
-    for server, rows in groupby(sorted(change["steps"], key=lambda s: s["batch"]), lambda step: step["server"]):
+    for server, rows in groupby(_by_server(change), lambda step: step["server"]):
         mine = list(rows)
         ended = sum(step["ended_at"] is not None for step in mine)
         running = next((step for step in mine if step["state"] == "running"), None)
@@ -117,6 +123,12 @@ def progress(change: Json, in_flight: dict[str, int]) -> RenderableType:
     return Group(sentence(change), table)
 
 
+def _by_server(change: Json) -> list[Json]:
+    """The steps of one server after those of the other, with those that were added when one failed."""
+    order = {server: at for at, server in enumerate(dict.fromkeys(step["server"] for step in change["steps"]))}
+    return sorted(change["steps"], key=lambda step: order[step["server"]])
+
+
 def step_line(step: Json) -> str:
     """A step that has begun or ended, as one line for a log."""
     if step["ended_at"] is None:
@@ -133,8 +145,14 @@ def sentence(change: Json) -> Text:
     match change["status"]:
         case "running":
             return Text(f"{what} runs since {took}", "cyan")
-        case "failed":
-            return Text(f"{what} failed after {took}: {change['error']}", "red")
+        case "queued":
+            return Text(f"{what} waits for its turn since {took}", "yellow")
+        case "paused":
+            return Text(f"{what} is paused and begins no further server; it was begun {took} ago", "yellow")
+        case "aborting":
+            return Text(f"{what} is being aborted; it was begun {took} ago", "yellow")
+        case "failed" | "aborted" | "superseded" as status:
+            return Text(f"{what} {status} after {took}: {change['error']}", _COLOURS[status])
         case _:
             return Text(f"{what} done in {took}", "green")
 

@@ -16,6 +16,9 @@ from controller.errors import ApiError, DaemonUnreachable
 
 Json = dict[str, Any]
 
+UNFINISHED = ("queued", "running", "paused", "aborting")
+"""The statuses of changes that go on."""
+
 _READING = 20.0  # seconds that reading a large nginx.conf with host names may take
 _TIMEOUT = 10.0  # seconds for an answer, beside the seconds that a call asks to wait
 _PATIENCE = 30.0  # seconds that a restart of the daemon may take while somebody follows something
@@ -105,10 +108,31 @@ class Client:
         servers: tuple[str, ...] = (),
         batch: int | str = 1,
         force: bool = False,
+        *,
+        max_unavailable: int | str | None = None,
+        workers: int = 0,
+        queue: bool = False,
     ) -> int:
-        """Begin an operation and return the change's id; no servers means all, `batch` is a number or `"50%"`."""
-        body = {"kind": kind, "upstream": upstream, "servers": list(servers), "batch": batch, "force": force}
+        """Begin an operation and return the change's id.
+
+        No servers means all; `batch` and `max_unavailable` are a number or `"50%"`. `workers` belongs to a scale. With
+        `queue` it waits for the end of a change that is in its way.
+        """
+        body = {
+            "kind": kind,
+            "upstream": upstream,
+            "servers": list(servers),
+            "batch": batch,
+            "force": force,
+            "max_unavailable": max_unavailable,
+            "workers": workers,
+            "queue": queue,
+        }
         return int(self._call("POST", "/v1/changes", body=body)["change"])
+
+    def steer(self, change: int, wish: str) -> str:
+        """`pause`, `resume` or `abort` a change; its status then."""
+        return str(self._call("POST", f"/v1/changes/{change}/{wish}")["status"])
 
     def change(self, change: int, wait: float = 0, seen: int = -1) -> Json:
         """One change with its steps; waits up to `wait` seconds for news beyond version `seen`."""
@@ -145,7 +169,7 @@ class Client:
             patience = _Patience()
             seen = record["version"]
             yield record
-            if record["status"] != "running":
+            if record["status"] not in UNFINISHED:
                 return
 
     def follow_events(self, after: int | None = None) -> Iterator[Json]:

@@ -146,6 +146,26 @@ class ProcessControl(Protocol):
     async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
         """Start it, unless it runs, and return its master once it listens; ProcessError with what it printed."""
 
+    async def ended(self, master: Master, timeout: float) -> bool:
+        """Whether the master itself ended within `timeout` seconds."""
+
+    async def reload(self, master: Master) -> Master:
+        """Have it make new workers (HUP); the master with the workers that it had. ProcessError where it has ended."""
+
+    async def renewed(self, master: Master, policy: ProcessPolicy) -> Master:
+        """Wait until other workers than these accept requests and these have ended; ProcessError."""
+
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
+        """Have it make a new master beside itself (USR2); that one once it serves. ProcessError: it is ended again."""
+
+    async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:
+        """Bring it to so many workers (TTIN, TTOU), and wait until they accept requests; ProcessError."""
+
+    async def run(
+        self, command: Sequence[str], upstream: str, server: Server, policy: ProcessPolicy, mark: str
+    ) -> None:
+        """Run a configured command to its end; ProcessError. What a daemon that died left of it is ended first."""
+
 
 # --- the host ---------------------------------------------------------------------------------------------------
 

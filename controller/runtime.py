@@ -28,6 +28,7 @@ from controller.core.events import (
     ProbeNow,
     Restored,
     RunStep,
+    SteerWished,
     StepFailed,
     Ticked,
     WarmUpWished,
@@ -62,7 +63,7 @@ from controller.stages import carry_out
 
 log = structlog.get_logger("headgate")
 
-Wish = AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWished
+Wish = AdminWished | ChangeWished | SteerWished | OfflineNoticed | OnlineNoticed | WarmUpWished
 
 IDLE = 1.0  # seconds between two ticks while nothing is going on
 BUSY = 0.1  # seconds between two ticks while a change runs
@@ -468,7 +469,7 @@ class Runtime:
 
     def _arm(self, at_most: float | None = None) -> None:
         """Set the next tick: soon while a change runs."""
-        wait = BUSY if change.running(self.state) else IDLE
+        wait = BUSY if change.busy(self.state) else IDLE
         wait = wait if at_most is None else min(wait, at_most)
         if (due := peers.next_expiry(self.state)) is not None:
             wait = min(wait, max(0.0, due - self.clock.now()))
@@ -484,7 +485,7 @@ class Runtime:
 
     async def _run_step(self, job: RunStep) -> None:
         """Carry out one step of a change and report; whatever goes wrong fails the step, with its reason."""
-        report: Event
+        report: Event | None
         try:
             group = self.state.groups.get(job.upstream)
             report = await carry_out(job, group, self._processes, self.clock.wall())
@@ -493,7 +494,8 @@ class Runtime:
         except Exception as error:
             log.exception("a step failed unexpectedly", change=job.change, step=job.name, server=job.server)
             report = StepFailed(job.change, job.step, f"unexpected: {error!r}")
-        self.post(report)
+        if report:
+            self.post(report)
 
     async def _watch_names(self) -> None:
         """Follow the addresses of host names in `server` lines."""

@@ -7,44 +7,83 @@ from uuid import uuid4
 from controller.adapters.hooks import call
 from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep, StepDone
-from controller.core.model import Group, StepName
-from controller.core.policy import HookPolicy
+from controller.core.model import Group, Master, Server, StepName
+from controller.core.policy import Policy, ProcessPolicy
 from controller.ports import ProcessControl, ProcessError
 
 
-async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl, at: float) -> StepDone:
-    """Do it and report; ProcessError, HookError. Each may be repeated after a crash.
+async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl, at: float) -> StepDone | None:
+    """Do it and report; ProcessError, HookError. Each may be repeated after a crash. None: there is nothing to report.
 
     `group` is the job's upstream as it is now, None where nginx.conf has lost it; `at` is seconds since the epoch.
     """
     server = next((s for s in group.upstream.servers if s.key == job.server), None) if group else None
-    policy = group.upstream.policy.process if group else None
-    if server is None or policy is None:
+    policy = group.upstream.policy if group else None
+    if server is None or policy is None or policy.process is None:
         message = f"{job.upstream}: {job.server} or its process settings are gone"
         raise ProcessError(message, "see `headgate status`")
-    name, master = job.name, job.master
-    hooks = group.upstream.policy.hooks if group else HookPolicy()
-    if name in (StepName.BEFORE_DRAIN, StepName.AFTER_DRAIN, StepName.AFTER_UP):
-        return StepDone(job.change, job.step, await call(getattr(hooks, name), job.upstream, server))
-    if name is StepName.NOTIFY and group:
-        notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
-        return StepDone(job.change, job.step, await notify(group.upstream.policy.notices, notice))
-    if name is StepName.FIND:
-        found = await processes.find(job.upstream, server, policy)
-        text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
-        return StepDone(job.change, job.step, text, found)
-    if name is StepName.START:
-        started = await processes.start(job.upstream, server, policy)
-        return StepDone(job.change, job.step, f"master {started.pid} listens", started)
-    if master is None:
+    process = policy.process
+    match job.name:
+        case StepName.NOTIFY:
+            notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
+            return StepDone(job.change, job.step, await notify(policy.notices, notice))
+        case StepName.BEFORE_DRAIN | StepName.AFTER_DRAIN | StepName.AFTER_UP:
+            said = await call(getattr(policy.hooks, job.name), job.upstream, server)
+            return StepDone(job.change, job.step, said)
+        case StepName.FIND:
+            found = await processes.find(job.upstream, server, process)
+            text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
+            return StepDone(job.change, job.step, text, found)
+        case StepName.START:
+            started = await processes.start(job.upstream, server, process)
+            return StepDone(job.change, job.step, f"master {started.pid} listens", started)
+        case StepName.DEPLOY | StepName.ROLL_BACK:
+            command = process.deploy if job.name is StepName.DEPLOY else process.roll_back
+            mark = f"{job.upstream} {job.server} {job.change}-{job.step}"
+            await processes.run(command, job.upstream, server, process, mark)
+            return StepDone(job.change, job.step, f"`{command[0]}` has done it")
+        case StepName.UP:
+            await _watch(job.master, policy, processes)
+            return None
+    if job.master is None:
         return StepDone(job.change, job.step, "no process was running")
-    if name is StepName.TERMINATE:
+    if job.name in (StepName.TERMINATE, StepName.EXIT, StepName.KILL):
+        return await _end(job, job.master, process, processes)
+    return await _change(job, job.master, server, process, processes)
+
+
+async def _watch(master: Master | None, policy: Policy, processes: ProcessControl) -> None:
+    """ProcessError as soon as a new master has ended; return when it is up at the latest. systemd looks after units."""
+    if master and not master.unit and await processes.ended(master, policy.rollout.up_timeout):
+        raise ProcessError(f"its master {master.pid} has ended", "see its log")
+
+
+async def _end(job: RunStep, master: Master, policy: ProcessPolicy, processes: ProcessControl) -> StepDone:
+    if job.name is StepName.TERMINATE:
         await processes.terminate(master, policy)
         return StepDone(job.change, job.step, f"asked {master.unit or master.pid} to stop")
-    if name is StepName.EXIT:
+    if job.name is StepName.EXIT:
         limit = policy.graceful_timeout + policy.margin
         gone = await processes.wait_exit(master, limit)
         text = "and its workers are gone" if gone else f"is still there after {limit:g} s"
         return StepDone(job.change, job.step, f"{master.pid} {text}", gone=gone)
     killed = await processes.kill(master, policy)
     return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
+
+
+async def _change(
+    job: RunStep, master: Master, server: Server, policy: ProcessPolicy, processes: ProcessControl
+) -> StepDone:
+    if job.name is StepName.RELOAD:
+        after = await processes.reload(master)
+        text = f"asked {master.pid} for new workers"
+    elif job.name is StepName.WORKERS:
+        after = await processes.renewed(master, policy)
+        text = f"{len(after.workers)} new workers accept requests"
+    elif job.name is StepName.UPGRADE:
+        after = await processes.upgrade(server, master, policy)
+        text = f"the new master {after.pid} and its {len(after.workers)} workers accept requests beside {master.pid}"
+    else:
+        after = await processes.scale(master, job.workers, policy)
+        text = f"{len(after.workers)} workers, before {len(master.workers)}"
+    return StepDone(job.change, job.step, text, after)

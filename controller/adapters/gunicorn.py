@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Collection, Mapping
 
 from controller.adapters import procfs
@@ -54,6 +55,41 @@ def workers(master: int, processes: Mapping[int, procfs.Process]) -> tuple[tuple
     """(pid, created) of what the master forked; not a new master (USR2) or a program that it runs; PermissionError."""
     children = (process for process in processes.values() if process.parent == master)
     return tuple((child.pid, child.created) for child in children if is_fork(child.pid, master))
+
+
+def booted(worker: int) -> bool:
+    """Whether a worker has loaded its application and accepts requests; PermissionError.
+
+    From then on it beats: it sets the times of a nameless temporary file of its own to the monotonic clock, or its
+    mode (`WorkerTmp.notify`, before 20.1).
+    """
+    beats = []
+    try:
+        with os.scandir(f"/proc/{worker}/fd") as entries:
+            for entry in entries:
+                if "/wgunicorn-" in os.readlink(entry.path):
+                    file = os.stat(entry.path)
+                    beats.append(file.st_mtime < file.st_ctime / 2 or stat.S_IMODE(file.st_mode) != 0o600)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return bool(beats) and all(beats)
+
+
+def successor(master: int, processes: Mapping[int, procfs.Process]) -> int | None:
+    """What USR2 started beside this master, which may not be a master yet; PermissionError."""
+    program = procfs.executable(master)
+    children = [process.pid for process in processes.values() if process.parent == master]
+    others = [pid for pid in children if not is_fork(pid, master) and procfs.executable(pid) == program]
+    return next((pid for pid in others if is_master(pid, processes)), max(others, default=None))
+
+
+def hides_http(master: int) -> bool:
+    """Whether USR2 would run gunicorn/__main__.py as a script: its directory, with gunicorn's own `http`, comes first
+    on the new master's path then, before Python's."""
+    words = procfs.command(master)
+    as_module = any(word.endswith("gunicorn/__main__.py") for word in words) or "-m gunicorn" in " ".join(words)
+    safe = any(entry.startswith(b"PYTHONSAFEPATH=") for entry in procfs.environment(master))
+    return as_module and not safe
 
 
 def is_fork(pid: int, parent: int) -> bool:

@@ -12,7 +12,8 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import BinaryIO, Protocol
 
 from controller.adapters import procfs
@@ -24,6 +25,27 @@ _MARK = "HEADGATE_START"
 _LINES, _BYTES = 20, 8192  # of output in an error
 # What systemd tells the daemon about itself would mislead a server that speaks to systemd too, as gunicorn does.
 OURS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+async def run_command(
+    command: Sequence[str],
+    directory: str | None,
+    environment: Mapping[str, str],
+    log: str | None,
+    mark: str,
+    limit: float,
+) -> None:
+    """Run a command to its end within `limit` seconds; ProcessError with what it printed, and nothing of it is left.
+
+    What a daemon that was killed left of a command with the same `mark` is ended first.
+    """
+    attempt = await CommandAttempt.begin(command, directory, environment, log, mark)
+    await attempt.wait(limit)
+    how = attempt.ended() if attempt.over() else f"did not end within {limit:g} s"
+    if how:
+        await attempt.undo()
+        message = f"`{shlex.join(command)}` {how}; it printed: {await attempt.printed() or 'nothing'}"
+        raise ProcessError(message, "mend the command, or what it works on")
 
 
 class Attempt(Protocol):
@@ -83,15 +105,25 @@ class CommandAttempt:
         self._child = child
         self._output = output
         self._start = start
-        self._mark = f"{_MARK}={mark}".encode()
+        self._mark = mark
         self._reaper = asyncio.ensure_future(self._reap())
 
     @classmethod
     async def begin(
-        cls, command: Sequence[str], directory: str | None, environment: Mapping[str, str], log: str | None
+        cls,
+        command: Sequence[str],
+        directory: str | None,
+        environment: Mapping[str, str],
+        log: str | None,
+        mark: str | None = None,
     ) -> CommandAttempt:
-        """Run `command`, appending what it prints to `log`; ProcessError where it cannot be run at all."""
-        mark = secrets.token_hex(8)
+        """Run `command`, appending what it prints to `log`; ProcessError where it cannot be run at all.
+
+        With a `mark` of its own, what is left of an earlier one with that mark is ended first.
+        """
+        if mark:
+            await _end(partial(_marked, mark))
+        mark = mark or secrets.token_hex(8)
         inherited = {name: value for name, value in os.environ.items() if name not in OURS}
         try:
             # A file and not a pipe: a pipe would break when the daemon ends.
@@ -113,7 +145,7 @@ class CommandAttempt:
         except OSError as error:
             output.close()
             message = f"`{shlex.join(command)}` in {directory or os.getcwd()}: {error.strerror} ({error.filename})"
-            raise ProcessError(message, "correct start or directory in headgate.toml") from error
+            raise ProcessError(message, "correct the command or directory in headgate.toml") from error
         return cls(child, output, start, mark)
 
     def ended(self) -> str | None:
@@ -141,23 +173,14 @@ class CommandAttempt:
         text = os.pread(self._output.fileno(), _BYTES, offset).decode(errors="replace")
         return "\n".join(text.rstrip().splitlines()[-_LINES:])
 
+    def over(self) -> bool:
+        """Whether the command itself has ended."""
+        return self._reaper.done()
+
     async def undo(self) -> None:
         """KILL its session, and what left it with our mark in its environment, as a daemonised gunicorn does."""
-        for _ in range(5):  # a member may fork while the others are killed
-            if not (members := await asyncio.to_thread(self._members)):
-                return
-            for member in members:
-                send(member, signal.SIGKILL)
-            await wait_gone(members, 1.0)
-
-    def _members(self) -> list[Identity]:
         # Until the child is reaped its session's id cannot be another's.
-        session = self._child.pid if self._child.returncode is None else None
-        return [
-            (process.pid, process.created)
-            for process in procfs.table().values()
-            if process.session == session or self._mark in procfs.environment(process.pid)
-        ]
+        await _end(lambda: _marked(self._mark, self._child.pid if self._child.returncode is None else None))
 
     async def _reap(self) -> None:
         descriptor = os.pidfd_open(self._child.pid)
@@ -166,3 +189,22 @@ class CommandAttempt:
         finally:
             os.close(descriptor)
         self._child.wait()
+
+
+async def _end(members: Callable[[], list[Identity]]) -> None:
+    for _ in range(5):  # a member may fork while the others are killed
+        if not (found := await asyncio.to_thread(members)):
+            return
+        for member in found:
+            send(member, signal.SIGKILL)
+        await wait_gone(found, 1.0)
+
+
+def _marked(mark: str, session: int | None = None) -> list[Identity]:
+    """What carries the mark, and the whole of a session."""
+    words = f"{_MARK}={mark}".encode()
+    return [
+        (process.pid, process.created)
+        for process in procfs.table().values()
+        if process.session == session or words in procfs.environment(process.pid)
+    ]

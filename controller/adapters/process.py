@@ -1,20 +1,21 @@
 """Headgate's hands on server processes: found, verified, terminated, waited for, killed and started.
 
 This is where the parts meet: gunicorn.py knows a master when it sees one, procfs.py reads /proc, pidfd.py signals and
-waits, systemd.py drives units, launch.py starts commands.
+waits, systemd.py drives units, launch.py runs commands, arbiter.py has a gunicorn master change its workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shlex
 import signal
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from controller.adapters import gunicorn, procfs
-from controller.adapters.launch import Attempt, CommandAttempt, UnitAttempt
+from controller.adapters import arbiter, gunicorn, procfs
+from controller.adapters.launch import Attempt, CommandAttempt, UnitAttempt, run_command
 from controller.adapters.pidfd import Identity, is_alive, send, wait_gone
 from controller.adapters.systemd import Unit
 from controller.core.model import Master, Server
@@ -138,6 +139,52 @@ class Processes:
             else:
                 attempt = await _begin(upstream, server, policy, deadline - clock())
 
+    async def ended(self, master: Master, timeout: float) -> bool:
+        """Whether the master itself ended within `timeout` seconds."""
+        return await wait_gone([(master.pid, master.created)], timeout)
+
+    async def reload(self, master: Master) -> Master:
+        """HUP; the master with the workers that it had then."""
+        with _seeing(master):
+            return await arbiter.reload(master)
+
+    async def renewed(self, master: Master, policy: ProcessPolicy) -> Master:
+        """Wait until its workers have ended and others accept requests; the master with those."""
+        with _seeing(master):
+            return await arbiter.renewed(master, policy.graceful_timeout + policy.margin + policy.start_timeout)
+
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
+        """USR2; the new master once it listens and its workers accept requests. One that does not get so far is ended.
+
+        After a crash the new master that is there already is waited for.
+        """
+        with _seeing(master):
+            try:
+                return await arbiter.upgrade(server, master, policy.start_timeout)
+            except ProcessError:
+                if new := await arbiter.successor(master):
+                    await self.terminate(new, policy)
+                    await self.wait_exit(new, policy.margin)
+                    await self.kill(new, policy)
+                raise
+
+    async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:
+        """TTIN or TTOU until so many workers accept requests."""
+        with _seeing(master):
+            limit = policy.graceful_timeout + policy.margin + policy.start_timeout
+            return await arbiter.scale(master, workers, limit)
+
+    async def run(
+        self, command: Sequence[str], upstream: str, server: Server, policy: ProcessPolicy, mark: str
+    ) -> None:
+        """Run `deploy` or `roll_back` with its placeholders filled, within deploy_timeout."""
+        await run_command(
+            [fill(word, upstream, server) for word in command],
+            *_surroundings(upstream, server, policy),
+            mark,
+            policy.deploy_timeout,
+        )
+
     async def _living(self, master: Master) -> list[Identity]:
         """The master, then its workers: those that were found, were there when it was terminated, or are there now."""
         identity = (master.pid, master.created)
@@ -149,10 +196,8 @@ class Processes:
                 return family
             return [identity, *sorted({*family, *_workers(master.pid, procfs.table())})]
 
-        try:
+        with _seeing(master):
             return await asyncio.to_thread(look)
-        except PermissionError as error:
-            raise ProcessError(f"pid {master.pid}: {error.filename or error} may not be read", _SEE) from error
 
 
 def fill(text: str, upstream: str, server: Server) -> str:
@@ -268,9 +313,24 @@ async def _begin(upstream: str, server: Server, policy: ProcessPolicy, timeout: 
     if not policy.start:
         message = f"{server.address} cannot be started: no command is configured"
         raise ProcessError(message, f"set start, or unit, in [upstream.{upstream}.process]")
-    return await CommandAttempt.begin(
-        [fill(word, upstream, server) for word in policy.start],
+    command = [fill(word, upstream, server) for word in policy.start]
+    return await CommandAttempt.begin(command, *_surroundings(upstream, server, policy))
+
+
+def _surroundings(
+    upstream: str, server: Server, policy: ProcessPolicy
+) -> tuple[str | None, dict[str, str], str | None]:
+    """Working directory, environment and log of a configured command."""
+    return (
         fill(policy.directory, upstream, server) if policy.directory else None,
         {name: fill(value, upstream, server) for name, value in policy.environment.items()},
         _path(policy, policy.log, upstream, server),
     )
+
+
+@contextlib.contextmanager
+def _seeing(master: Master) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise ProcessError(f"pid {master.pid}: {error.filename or error} may not be read", _SEE) from error

@@ -23,8 +23,8 @@ from controller.api.history import add_history
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
 from controller.core.change import group_of, resolve
-from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, WarmUpWished
-from controller.core.model import Admin, ChangeKind, ChangeStatus, Refused
+from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, SteerWished, WarmUpWished
+from controller.core.model import Admin, ChangeKind, Refused, Steer
 from controller.core.notice import named
 from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 
@@ -205,8 +205,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     @app.post("/v1/changes", tags=["changes"], status_code=202)
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
-        batch = wish.batch_of(len(group_of(runtime.state, wish.upstream).upstream.servers))
-        outcome = await runtime.wish(ChangeWished(wish.kind, wish.upstream, tuple(wish.servers), batch, wish.force))
+        outcome = await runtime.wish(wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers)))
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)
 
@@ -226,9 +225,15 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
                 raise Refused("not_found", f"there is no change {change}", "`headgate changes` lists them")
             view = wire.change(record)
             left = deadline - runtime.clock.now()
-            if view.version > seen or view.status is not ChangeStatus.RUNNING or left <= 0 or stop.is_set():
+            if view.version > seen or view.status.ended or left <= 0 or stop.is_set():
                 return view
             await _unless(stop, runtime.changed(at, left))
+
+    @app.post("/v1/changes/{change}/{wish}", tags=["changes"])
+    async def steer_change(change: _ChangeId, wish: Steer) -> wire.Steered:
+        """Pause, resume or abort a change that has not ended."""
+        await runtime.wish(SteerWished(change, wish))
+        return wire.Steered(change=change, status=runtime.state.changes[change].status)
 
     @app.get(
         "/v1/events",

@@ -11,6 +11,7 @@ from controller.core.events import (
     OfflineNoticed,
     OnlineNoticed,
     Outcome,
+    SteerWished,
     WarmUpWished,
 )
 from controller.core.model import State
@@ -48,7 +49,9 @@ class Runtime(Protocol):
     def data_plane(self) -> str:
         """`lua` or `reload`."""
 
-    async def wish(self, event: AdminWished | ChangeWished | OfflineNoticed | OnlineNoticed | WarmUpWished) -> Outcome:
+    async def wish(
+        self, event: AdminWished | ChangeWished | SteerWished | OfflineNoticed | OnlineNoticed | WarmUpWished
+    ) -> Outcome:
         """Decide and store; Refused, StoreError."""
 
     async def set_edge(self, offline: bool) -> None:

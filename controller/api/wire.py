@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from controller.core import warmup
+from controller.core.events import ChangeWished
 from controller.core.model import (
     Admin,
     Agent,
@@ -55,25 +56,47 @@ class AdminWish(BaseModel):
     force: StrictBool = False
 
 
+_Count = Annotated[
+    Annotated[StrictInt, Field(ge=1, le=MAX_ID)] | Annotated[str, Field(pattern=r"^(?:[1-9][0-9]?|100)%$")],
+    BeforeValidator(_integral),
+]
+
+
 class ChangeWish(BaseModel):
-    """An operation. No servers means all of the upstream; `batch` is how many at once, or a percentage of them."""
+    """An operation. No servers means all of the upstream; `batch` is how many at once, or a percentage of them.
+
+    No server is taken away while more than `max_unavailable` (a number or percentage) would not serve. `workers` is
+    what a scale is to reach. With `queue` a change that another one is in the way of waits for its end.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     kind: ChangeKind
     upstream: str
     servers: list[str] = []
-    batch: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=MAX_ID)] | Annotated[str, Field(pattern=r"^(?:[1-9][0-9]?|100)%$")],
-        BeforeValidator(_integral),
-    ] = 1
+    batch: _Count = 1
     force: StrictBool = False
+    max_unavailable: _Count | None = None
+    workers: Annotated[StrictInt, Field(ge=0, le=10_000), BeforeValidator(_integral)] = 0
+    queue: StrictBool = False
 
-    def batch_of(self, servers: int) -> int:
-        """How many servers at once: a percentage of `servers`, rounded down, is at least one."""
-        if isinstance(self.batch, int):
-            return self.batch
-        return max(1, servers * int(self.batch.removesuffix("%")) // 100)
+    def event(self, servers: int) -> ChangeWished:
+        """The wish as the core takes it, in an upstream of so many servers."""
+        return ChangeWished(
+            self.kind,
+            self.upstream,
+            tuple(self.servers),
+            _count(self.batch, servers),
+            self.force,
+            _count(self.max_unavailable, servers) if self.max_unavailable else 0,
+            self.workers,
+            self.queue,
+        )
+
+
+def _count(wish: int | str, servers: int) -> int:
+    """How many servers at once: a percentage of `servers`, rounded down, is at least one."""
+    return wish if isinstance(wish, int) else max(1, servers * int(wish.removesuffix("%")) // 100)
 
 
 class OnlineNotice(BaseModel):
@@ -297,6 +320,13 @@ class ChangeBegun(BaseModel):
     change: int
 
 
+class Steered(BaseModel):
+    """How the change stands now. One that was aborted or resumed may have ended meanwhile."""
+
+    change: int
+    status: ChangeStatus
+
+
 class StepView(BaseModel):
     """One stage for one server."""
 
@@ -462,7 +492,7 @@ def _change_of(state: State, upstream: str, key: str) -> int | None:
         (
             each.id
             for each in state.changes.values()
-            if each.status is ChangeStatus.RUNNING and each.upstream == upstream
+            if not each.status.ended and each.upstream == upstream
             for step in each.steps
             if step.server == key and step.state in unfinished
         ),

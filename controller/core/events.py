@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controller.core.model import Admin, Change, ChangeKind, Master, Peer, StepName, Traffic, Upstream
+from controller.core.model import Admin, Change, ChangeKind, Master, Peer, Steer, StepName, Traffic, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +139,32 @@ class AdminWished:
 
 @dataclass(frozen=True, slots=True)
 class ChangeWished:
-    """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once."""
+    """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once.
+
+    `queue`: where another change is in the way, wait for its end. The rest is as in `model.Change`.
+    """
 
     kind: ChangeKind
     upstream: str
     servers: tuple[str, ...] = ()
     batch: int = 1
     forced: bool = False
+    max_unavailable: int = 0
+    workers: int = 0
+    queue: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SteerWished:
+    """An operator wants a change paused, resumed or aborted."""
+
+    change: int
+    steer: Steer
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A step that an adapter ran is done. `gone` is the answer of `exit`; `master` that of `find`."""
+    """A step that an adapter ran is done. `gone` is the answer of `exit`; `master` what it found or made."""
 
     change: int
     step: int
@@ -195,6 +209,7 @@ Event = (
     | WarmUpWished
     | AdminWished
     | ChangeWished
+    | SteerWished
     | StepDone
     | StepFailed
     | EdgeTold
@@ -223,6 +238,7 @@ class RunStep:
     upstream: str
     server: str
     master: Master | None = None
+    workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

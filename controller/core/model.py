@@ -219,10 +219,15 @@ class ChangeKind(enum.StrEnum):
     START = "start"
     RESTART = "restart"
     ROLLOUT = "rollout"
+    RELOAD = "reload"  # HUP: new workers in the same master
+    UPGRADE = "upgrade"  # USR2: a new master beside the old one
+    DEPLOY = "deploy"  # a command between stop and start
+    ROLL_BACK = "roll-back"  # the command that takes a deploy back, between stop and start
+    SCALE = "scale"  # TTIN and TTOU: more or fewer workers
 
 
 class StepName(enum.StrEnum):
-    """The stages of going offline and coming online, in their order (design: going offline, in order)."""
+    """The stages of going offline and coming online, in their order, with what each kind of change does between."""
 
     FIND = "find"
     BEFORE_DRAIN = "before_drain"
@@ -235,6 +240,12 @@ class StepName(enum.StrEnum):
     TERMINATE = "terminate"
     EXIT = "exit"
     KILL = "kill"
+    DEPLOY = "deploy"
+    ROLL_BACK = "roll-back"
+    RELOAD = "reload"
+    WORKERS = "workers"
+    UPGRADE = "upgrade"
+    SCALE = "scale"
     START = "start"
     UP = "up"
     AFTER_UP = "after_up"
@@ -255,9 +266,27 @@ class StepState(enum.StrEnum):
 class ChangeStatus(enum.StrEnum):
     """How far a change is."""
 
+    QUEUED = "queued"  # until those before it have ended
     RUNNING = "running"
+    PAUSED = "paused"  # begins no further server
+    ABORTING = "aborting"  # servers that were told to stop are brought to their end, nothing else
     DONE = "done"
     FAILED = "failed"
+    ABORTED = "aborted"
+    SUPERSEDED = "superseded"  # a later wish took its place
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self in (ChangeStatus.DONE, ChangeStatus.FAILED, ChangeStatus.ABORTED, ChangeStatus.SUPERSEDED)
+
+
+class Steer(enum.StrEnum):
+    """What an operator can want of a change that has not ended."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    ABORT = "abort"
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +300,7 @@ class Step:
     started: float | None = None
     ended: float | None = None
     detail: str = ""
-    master: Master | None = None  # what `find` found
+    master: Master | None = None  # what it found, handles or made
     revision: int = 0  # the table that `drain` waits for
     admin: Admin | None = None  # what `drain` found, to go back to
     requests: int = -1  # what `sessions` last read of the server's counter
@@ -280,7 +309,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An operation as data: what was asked, and every step with its time and outcome."""
+    """An operation as data: what was asked, and every step with its time and outcome.
+
+    No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
+    is to reach.
+    """
 
     id: int
     kind: ChangeKind
@@ -291,6 +324,8 @@ class Change:
     status: ChangeStatus = ChangeStatus.RUNNING
     ended: float | None = None
     error: str = ""
+    max_unavailable: int = 0
+    workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

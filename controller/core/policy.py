@@ -174,8 +174,8 @@ class ProcessPolicy:
     """How a server's process is found, stopped and started.
 
     `kind` is `gunicorn` or `systemd`. Placeholders `{upstream} {address} {host} {port}` stand in `unit`, `pid_file`,
-    `start`, `directory`, `log` and `environment`. `graceful_timeout` is the application's own; KILL comes `margin`
-    later.
+    the commands, `directory`, `log` and `environment`. `graceful_timeout` is the application's own; KILL comes `margin`
+    later. `deploy` is run between stop and start, `roll_back` takes it back; each has `deploy_timeout` seconds.
     """
 
     kind: str = "gunicorn"
@@ -188,6 +188,9 @@ class ProcessPolicy:
     graceful_timeout: float = 30.0
     margin: float = 5.0
     start_timeout: float = 30.0
+    deploy: tuple[str, ...] = ()
+    roll_back: tuple[str, ...] = ()
+    deploy_timeout: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)

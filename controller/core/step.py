@@ -23,6 +23,7 @@ from controller.core.events import (
     PlaneSeen,
     ProbeResult,
     Restored,
+    SteerWished,
     StepDone,
     StepFailed,
     Ticked,
@@ -73,9 +74,11 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case PlaneLost():
             state, effects = _plane_lost(state, event)
         case StepDone():
-            state, effects = change.finish(state, event, now)
+            state, effects = change.finish(state, event, now), []
         case StepFailed():
-            state, effects = change.fail(state, event, now), []
+            state, effects = change.failed(state, event, now), []
+        case SteerWished():
+            state, effects = change.steer(state, event, now)
         case ChangeWished():
             return _settled(before, *change.begin(state, event, now), now)
         case AdminWished():

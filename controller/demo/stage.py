@@ -365,7 +365,8 @@ class Stage:
     def _surroundings(self) -> dict[str, str]:
         package = str(Path(controller.__file__).parents[1])
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}
-        return clean | {MARK: str(self.prefix), "PYTHONPATH": package}
+        # Without PYTHONSAFEPATH USR2 does not work for `python -m gunicorn`.
+        return clean | {MARK: str(self.prefix), "PYTHONPATH": package, "PYTHONSAFEPATH": "1"}
 
     def _guard(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

@@ -264,6 +264,9 @@ class ProcessTable(Table):
     graceful_timeout: Duration = 30.0
     margin: Duration = 5.0
     start_timeout: PositiveDuration = 30.0
+    deploy: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    roll_back: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    deploy_timeout: PositiveDuration = 300.0
 
     @model_validator(mode="after")
     def _has_unit(self) -> Self:

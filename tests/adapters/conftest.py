@@ -1,11 +1,12 @@
-"""Fixtures for the tests of probes."""
+"""Fixtures for the tests of probes and processes."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.adapters.probed import Probing, Raw, Web, make_certificate
+from tests.support.gunicorn import Gunicorns
 
 
 @pytest.fixture
@@ -34,3 +35,11 @@ async def raw() -> AsyncIterator[Raw]:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate for app.example, with its key in the same file."""
     return make_certificate(tmp_path_factory.mktemp("tls") / "app.pem", "app.example")
+
+
+@pytest.fixture
+def gunicorns(tmp_path: Path) -> Iterator[Gunicorns]:
+    gunicorns = Gunicorns(tmp_path)
+    yield gunicorns
+    gunicorns.close()
+    assert not gunicorns.alive()

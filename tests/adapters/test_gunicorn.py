@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +18,6 @@ from controller.ports import ProcessError
 from tests.support.gunicorn import (
     UVICORN,
     WORKER_CLASSES,
-    Gunicorns,
     eventually,
     free_port,
     get,
@@ -29,14 +26,6 @@ from tests.support.gunicorn import (
 )
 
 BY_SOCKET = ProcessPolicy()
-
-
-@pytest.fixture
-def gunicorns(tmp_path: Path) -> Iterator[Gunicorns]:
-    gunicorns = Gunicorns(tmp_path)
-    yield gunicorns
-    gunicorns.close()
-    assert not gunicorns.alive()
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from controller.core.events import Restored, RunStep, StepFailed
-from controller.core.model import Admin, ChangeKind, ChangeStatus, StepName, StepState
+from controller.core.events import Restored, RunStep, StepFailed, SteerWished
+from controller.core.model import Admin, ChangeKind, ChangeStatus, Steer, StepName, StepState
 from controller.core.policy import Hook, HookPolicy, Policy
 from tests.core.world import POLICY, A, B, C, World, upstream
 
@@ -184,3 +184,14 @@ def test_a_hook_that_was_under_way_when_the_daemon_ended_is_called_again() -> No
     assert [(job.step, job.name) for job in again.jobs if isinstance(job, RunStep)] == [(at, StepName.BEFORE_DRAIN)]
     again.live(60)
     assert again.change(number).status is ChangeStatus.DONE
+
+
+def test_an_aborted_change_tells_the_registry_that_the_server_stays() -> None:
+    it = world(in_flight={A: 1})
+    number = it.wish(ChangeKind.RESTART, A)
+    until(it, number, StepName.EMPTY)
+    it.take(SteerWished(number, Steer.ABORT))
+    assert due(it, number) == [StepName.AFTER_UP]
+    assert it.peer(A).admin is Admin.READY
+    it.answer()
+    assert it.change(number).status is ChangeStatus.ABORTED

@@ -21,6 +21,7 @@ from controller.core.events import (
     PlaneSeen,
     ProbeResult,
     Restored,
+    SteerWished,
     StepDone,
     StepFailed,
     Ticked,
@@ -37,6 +38,7 @@ from controller.core.model import (
     Refused,
     Routing,
     State,
+    Steer,
     StepState,
     Traffic,
     Warmth,
@@ -63,7 +65,11 @@ EVENTS = st.one_of(
         st.just("app"),
         st.lists(KEYS, min_size=1, max_size=3, unique=True).map(tuple),
         st.integers(1, 3),
+        max_unavailable=st.integers(0, 2),
+        workers=st.integers(1, 3),
+        queue=st.booleans(),
     ),
+    st.builds(SteerWished, st.integers(1, 4), st.sampled_from(list(Steer))),
     st.builds(AgentSaid, st.just("app"), KEYS, WORDS),
     st.dictionaries(KEYS, COUNTERS, min_size=1),
     st.builds(PlaneSeen, st.just("boot"), st.integers(0, 40)),
@@ -229,7 +235,9 @@ def test_a_change_that_ended_has_no_open_step_and_one_server_is_in_one_change(
     for state, _ in play(start(), history):
         busy: list[str] = []
         for change in state.changes.values():
-            if change.status is ChangeStatus.RUNNING:
+            if change.status is ChangeStatus.QUEUED:
+                assert {s.state for s in change.steps} == {StepState.PENDING}
+            elif not change.status.ended:
                 busy += {s.server for s in change.steps}
             else:
                 assert not {s.state for s in change.steps} & {StepState.RUNNING, StepState.PENDING}

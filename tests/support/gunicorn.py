@@ -55,6 +55,7 @@ class Gunicorns:
             "HEADGATE_TEST": self._mark,
             "HEADGATE_TEST_SEEN": str(self.seen),
             "PYTHONPATH": f"{ROOT}:{self.directory}",
+            "PYTHONSAFEPATH": "1",  # else USR2 does not work for `python -m gunicorn`
         }
 
     def command(self, bind: str, *options: str, worker: str = SYNC, python: str = sys.executable) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +140,26 @@ class HeldProcesses:
         if self.broken:
             raise ProcessError(self.broken, "mend it")
         return Master(2000 + server.port, 2.0, "/usr/bin/python3", ((2, 2.0),))
+
+    async def ended(self, master: Master, timeout: float) -> bool:
+        return False
+
+    async def reload(self, master: Master) -> Master:
+        return master
+
+    async def renewed(self, master: Master, policy: ProcessPolicy) -> Master:
+        return replace(master, workers=((3, 3.0),))
+
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
+        return replace(master, pid=master.pid + 1000)
+
+    async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:
+        return replace(master, workers=tuple((n, 4.0) for n in range(workers)))
+
+    async def run(
+        self, command: Sequence[str], upstream: str, server: Server, policy: ProcessPolicy, mark: str
+    ) -> None:
+        pass
 
 
 class HeldProber:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from controller.adapters.store.schema import MIGRATIONS
-from controller.core.model import Change, ChangeStatus, Peer
+from controller.core.model import Change, Peer
 from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError, TrafficRecord
 
 READING = 10.0
@@ -339,7 +339,7 @@ class SqliteStore:
         def wall(seconds: float | None) -> float | None:
             return None if seconds is None else delta.wall - (delta.now - seconds)
 
-        document = _encode(change) if change.status is ChangeStatus.RUNNING else None
+        document = None if change.status.ended else _encode(change)
         db.execute(
             _SAVE_CHANGE,
             (

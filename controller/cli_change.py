@@ -1,0 +1,295 @@
+"""The verbs that begin, follow and steer changes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.live import Live
+
+from controller import cli_view as view
+from controller.client import UNFINISHED, Client, Json
+from controller.settings import load
+
+FAILED, INTERRUPTED = 1, 130
+
+_Upstream = Annotated[str, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)]
+_Server = Annotated[str, typer.Argument(help="The server's address as written in nginx.conf.", show_default=False)]
+_Servers = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SERVER]...", help="Only these; else every server that is ready.", show_default=False),
+]
+_Change = Annotated[int, typer.Argument(metavar="ID", min=1, help="The change.", show_default=False)]
+_Batch = Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")]
+_MaxUnavailable = Annotated[
+    str | None,
+    typer.Option(
+        "--max-unavailable",
+        metavar="N|N%",
+        help="Take no server away while more than so many would not serve.",
+        show_default=False,
+    ),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")]
+_Queue = Annotated[bool, typer.Option("--queue", help="Wait for the end of a change that is in the way.")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    for verb in (stop, start, restart, rollout, reload, upgrade, deploy, scale, pause, resume, abort):
+        app.command()(verb)
+    app.command("roll-back")(roll_back)
+
+
+def stop(
+    context: typer.Context,
+    upstream: _Upstream,
+    server: _Server,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Drain a server, then stop its process."""
+    _begin(context, "stop", upstream, [server], force=force, queue=queue, wait=wait)
+
+
+def start(
+    context: typer.Context,
+    upstream: _Upstream,
+    server: _Server,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Start a server's process and wait until it is up and warm."""
+    _begin(context, "start", upstream, [server], force=force, queue=queue, wait=wait)
+
+
+def restart(
+    context: typer.Context,
+    upstream: _Upstream,
+    server: _Server,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Drain, stop and start one server, and wait until it is up and warm."""
+    _begin(context, "restart", upstream, [server], force=force, queue=queue, wait=wait)
+
+
+def rollout(
+    context: typer.Context,
+    upstream: _Upstream,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Restart all servers of an upstream, batch after batch; stops at the first that fails."""
+    _begin(context, "rollout", upstream, [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def reload(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Drain each server, have its gunicorn master make new workers (HUP), and bring it back."""
+    _begin(context, "reload", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def upgrade(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Drain each server, put a new gunicorn master beside the old one (USR2), then end the old one."""
+    _begin(context, "upgrade", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def deploy(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Restart each server with the configured deploy command between stop and start; rolls back what fails."""
+    _begin(context, "deploy", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def roll_back(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Restart each server, the last one first, with the configured roll_back command between stop and start."""
+    _begin(context, "roll-back", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def scale(
+    context: typer.Context,
+    upstream: _Upstream,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="How many workers.", show_default=False)],
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Bring each gunicorn master to so many workers (TTIN, TTOU)."""
+    _begin(
+        context, "scale", upstream, servers or [], batch, max_unavailable, workers, force=force, queue=queue, wait=wait
+    )
+
+
+def pause(context: typer.Context, change: _Change) -> None:
+    """Have a change begin no further server; those under way come to their end."""
+    _steer(context, change, "pause")
+
+
+def resume(context: typer.Context, change: _Change) -> None:
+    """Have a paused change go on."""
+    _steer(context, change, "resume")
+
+
+def abort(context: typer.Context, change: _Change, wait: _Wait = True) -> None:
+    """End a change: servers not yet told to stop get their place back, the others are brought up again."""
+    client = _steer(context, change, "abort")
+    if wait:
+        for _ in client.follow_change(change):
+            continue
+        view.console().print(view.steps(client.change(change)))
+
+
+# --- behind the verbs ---------------------------------------------------------------------------------------------
+
+
+def _begin(
+    context: typer.Context,
+    kind: str,
+    upstream: str,
+    servers: list[str],
+    batch: str = "1",
+    max_unavailable: str | None = None,
+    workers: int = 0,
+    *,
+    force: bool,
+    queue: bool,
+    wait: bool,
+) -> None:
+    client = Client(load(context.obj).api.socket)
+    change = client.begin_change(
+        kind,
+        upstream,
+        tuple(servers),
+        _number(batch),
+        force,
+        max_unavailable=_number(max_unavailable) if max_unavailable else None,
+        workers=workers,
+        queue=queue,
+    )
+    if wait:
+        follow(client, change)
+    else:
+        print(f"change {change}: {kind} of {upstream} begins; follow it with: headgate changes {change} --wait")
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _steer(context: typer.Context, change: int, wish: str) -> Client:
+    client = Client(load(context.obj).api.socket)
+    print(f"change {change}: {client.steer(change, wish)}")
+    return client
+
+
+def follow(client: Client, change: int, timeout: float | None = None) -> None:
+    """Show a change until it ends, then its table; exits unless it is done."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    out = view.console()
+    record: Json = {}
+    try:
+        with Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else _Lines() as shown:
+            for record in client.follow_change(change):
+                if isinstance(shown, _Lines):
+                    shown.update(record)
+                else:
+                    shown.update(view.progress(record, _in_flight(client, record)), refresh=True)
+                if deadline is not None and time.monotonic() > deadline and record["status"] in UNFINISHED:
+                    break
+    except KeyboardInterrupt:
+        raise _left(change, INTERRUPTED, "interrupted") from None
+    if record["status"] in UNFINISHED:
+        raise _left(change, FAILED, f"not done within {timeout:g} s")
+    out.print(view.steps(record))
+    if record["status"] != "done":
+        raise typer.Exit(FAILED)
+
+
+def _left(change: int, code: int, why: str) -> typer.Exit:
+    print(
+        f"{why}: change {change} goes on in the daemon; follow it with: headgate changes {change} --wait",
+        file=sys.stderr,
+    )
+    return typer.Exit(code)
+
+
+def _in_flight(client: Client, change: Json) -> dict[str, int]:
+    if change["status"] not in UNFINISHED:
+        return {}
+    return {each["address"]: each["in_flight"] for each in client.upstream(change["upstream"])["servers"]}
+
+
+class _Lines:
+    """Progress where there is no terminal: each step that begins or ends is one line."""
+
+    def __init__(self) -> None:
+        self._said = "running"
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+    def update(self, change: Json) -> None:
+        """Print what is new."""
+        if change["status"] != self._said and change["status"] in UNFINISHED:
+            self._said = change["status"]
+            print(view.sentence(change), flush=True)
+        for number, step in enumerate(change["steps"]):
+            if step["state"] == "skipped":
+                continue
+            if step["ended_at"] is not None and number not in self._ended:
+                self._ended.add(number)
+                print(view.step_line(step), flush=True)
+            elif step["state"] == "running" and number not in self._begun:
+                self._begun.add(number)
+                print(view.step_line(step), flush=True)

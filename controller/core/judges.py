@@ -1,0 +1,123 @@
+"""When the steps are over that no adapter carries out: judged from what is known and seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from controller.core import drain, peers, warmup
+from controller.core.events import PeerSeen
+from controller.core.model import Change, Health, State, Step, StepName, StepState, Warmth
+from controller.core.steps import fail, nearest, put, settle, with_step
+
+
+def _judge_drain(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.drain
+    if not state.plane.error and state.plane.revision >= step.revision:
+        return settle(state, change, at, StepState.DONE, f"published as revision {step.revision}", now)
+    if now - (step.started or now) < policy.timeout:
+        return state
+    why = f"nginx did not take the table within {policy.timeout:g} s: {state.plane.error or 'it serves an older one'}"
+    if policy.on_timeout == "proceed":
+        return settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)
+    return fail(state, change, at, why, now)
+
+
+def _judge_sessions(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
+    step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.sticky
+    late = now - (_drained(change, at).started or now) >= policy.drain
+    if seen and seen.requests != step.requests:
+        step = replace(step, requests=seen.requests, quiet=now)
+        state = put(state, with_step(change, at, step))
+    idle = step.quiet is not None and now - step.quiet >= policy.idle
+    if not late and not idle:
+        return state
+    why = f"no session asked for {policy.idle:g} s" if idle else f"sessions move after {policy.drain:g} s"
+    state = peers.end_sessions(state, change.upstream, step.server)
+    change = state.changes[change.id]
+    change = with_step(change, at, replace(step, revision=state.revision))
+    return settle(state, change, at, StepState.DONE, why, now)
+
+
+def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
+    step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.drain
+    requested = _drained(change, at).started or now
+    verdict = drain.verdict(policy, requested, step.revision, seen, now)
+    if verdict is drain.Verdict.WAIT:
+        return state
+    if verdict is drain.Verdict.EMPTY:
+        return settle(state, change, at, StepState.DONE, "no request in flight", now)
+    left = f"{seen.in_flight} requests still in flight" if seen else "requests in flight unknown: nginx does not answer"
+    why = f"{left} after {policy.timeout:g} s"
+    if verdict is drain.Verdict.PROCEED:
+        return settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)
+    return fail(state, change, at, why, now)
+
+
+def _judge_settle(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    wait = state.groups[change.upstream].upstream.policy.drain.settle
+    drained = _drained(change, at)
+    if now - (drained.ended or now) < wait:
+        return state
+    return settle(state, change, at, StepState.DONE, f"{wait:g} s after deregistration", now)
+
+
+def _judge_up(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    step, group = change.steps[at], state.groups[change.upstream]
+    peer, limit = group.peers[step.server], group.upstream.policy.rollout.up_timeout
+    if peer.health is Health.UP:
+        return settle(state, change, at, StepState.DONE, "probes passed", now)
+    if now - (step.started or now) >= limit:
+        why = peer.reason or "no probe has passed"
+        return fail(state, change, at, f"not up within {limit:g} s: {why}", now)
+    return state
+
+
+def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    step, group = change.steps[at], state.groups[change.upstream]
+    peer, policy = group.peers[step.server], group.upstream.policy.warm_up
+    warm = peer.warm_up
+    if peer.health is Health.DOWN:
+        return fail(state, change, at, f"went down while warming: {peer.reason}", now)
+    if not warmup.active(warm):
+        return settle(state, change, at, StepState.DONE, f"warm after {now - (step.started or now):.1f} s", now)
+    if warm.phase is Warmth.WAITING and now - warm.since >= policy.duration:
+        return settle(state, change, at, StepState.DONE, f"no request came in {policy.duration:g} s", now)
+    if warm.phase is Warmth.HELD and warm.elapsed <= 0 and now - warm.since >= 2 * policy.step_back:
+        return fail(state, change, at, f"does not warm up: {warm.why}", now)
+    detail = ""
+    if warm.phase is Warmth.HELD:
+        detail = f"held: {warm.why}"
+    elif warm.phase is Warmth.QUEUED:
+        detail = "waits until others are warm"
+    if detail == step.detail:
+        return state
+    return put(state, with_step(change, at, replace(step, detail=detail)))
+
+
+def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    step, group = change.steps[at], state.groups[change.upstream]
+    peer, wait = group.peers[step.server], group.upstream.policy.rollout.ready_time
+    if peer.health is Health.DOWN:
+        return fail(state, change, at, f"went down within its minimum ready time: {peer.reason}", now)
+    if now - (step.started or now) < wait:
+        return state
+    return settle(state, change, at, StepState.DONE, f"ready for {wait:g} s", now)
+
+
+#: Each takes the state, the change, its step, the time, and a reading of that very server if there is a new one.
+JUDGES: dict[StepName, Callable[[State, Change, int, float, PeerSeen | None], State]] = {
+    StepName.DRAIN: _judge_drain,
+    StepName.SESSIONS: _judge_sessions,
+    StepName.EMPTY: _judge_empty,
+    StepName.SETTLE: _judge_settle,
+    StepName.UP: _judge_up,
+    StepName.WARM: _judge_warm,
+    StepName.HOLD: _judge_hold,
+}
+
+
+def _drained(change: Change, at: int) -> Step:
+    found = nearest(change, at, StepName.DRAIN)
+    assert found is not None, "whoever is emptied was drained before"
+    return found
