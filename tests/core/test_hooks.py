@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from controller.core.events import Restored, RunStep, StepFailed, SteerWished
+from controller.core.events import Restored, RunStep, SteerWished, StepFailed
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Steer, StepName, StepState
 from controller.core.policy import Hook, HookPolicy, Policy
 from tests.core.world import POLICY, A, B, C, World, upstream

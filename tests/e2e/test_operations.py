@@ -1,0 +1,127 @@
+"""Every operation on real gunicorn masters behind nginx under load: no request fails, whatever the new version does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from controller.demo.stage import UPSTREAM, Stage, until
+
+# The end of the stage's [upstream.app.process]: the commands write down that they ran, and fail where a file says so.
+DEPLOY = """
+deploy = ["sh", "-c", "echo deploy {port} >> deployed; test ! -e broken-{port}"]
+roll_back = ["sh", "-c", "echo back {port} >> deployed; rm -f broken-{port}"]
+deploy_timeout = "10s"
+"""
+
+
+@pytest.fixture(scope="module", params=["sync", "gthread", "uvicorn"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with Stage(request.param, warm_up=1.0, settings=DEPLOY) as built:
+        yield built
+
+
+def under_load(stage: Stage, *words: str) -> dict[str, Any]:
+    """The change that a command makes, during which no request may fail."""
+    load = stage.load(60)
+    until(lambda: bool(load.read() or load.ticks), "traffic", 20, stage.prefix / "load.log")
+    done = subprocess.run(
+        [sys.executable, "-m", "controller", "--config", str(stage.settings), *words],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    summary = load.finish()
+    assert summary["failures"] == {}, summary
+    assert summary["requests"] > 100
+    record = stage.client.change(stage.client.changes()[0]["id"])
+    assert done.returncode == (record["status"] != "done"), done.stdout + done.stderr
+    assert [s["effective_weight"] > 0 for s in stage.client.upstream(UPSTREAM)["servers"]] == [True] * 3
+    return record
+
+
+def workers(stage: Stage, address: str) -> set[int]:
+    master = stage.master(address)
+    assert master is not None
+    return {child.pid for child in psutil.Process(master).children()}
+
+
+def ended(record: dict[str, Any], server: str) -> list[str]:
+    return [s["name"] for s in record["steps"] if s["server"] == server and s["state"] == "done"]
+
+
+@pytest.mark.timeout(300)
+def test_a_reload_replaces_all_workers_and_keeps_the_masters(stage: Stage) -> None:
+    masters = [stage.master(address) for address in stage.addresses]
+    old = [workers(stage, address) for address in stage.addresses]
+    assert under_load(stage, "reload", UPSTREAM)["status"] == "done"
+    assert [stage.master(address) for address in stage.addresses] == masters
+    for address, before in zip(stage.addresses, old, strict=True):
+        assert not workers(stage, address) & before
+
+
+@pytest.mark.timeout(300)
+def test_an_upgrade_replaces_the_masters(stage: Stage) -> None:
+    old = [stage.master(address) for address in stage.addresses]
+    assert under_load(stage, "upgrade", UPSTREAM)["status"] == "done"
+    until(
+        lambda: all(stage.master(a) not in (None, *old) for a in stage.addresses), "the pid files", 10,
+        stage.prefix / "headgate.log",
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+def test_a_deploy_runs_its_command_between_stop_and_start_and_what_fails_is_rolled_back(stage: Stage) -> None:
+    first, second, third = stage.addresses
+    port = second.rpartition(":")[2]
+    (stage.prefix / f"broken-{port}").touch()
+    record = under_load(stage, "deploy", UPSTREAM)
+    assert record["status"] == "failed"
+    assert record["error"].startswith(f"{second}: deploy: `sh -c ")
+    assert record["error"].endswith("; rolled back")
+    assert ended(record, first)[-1] == "hold"
+    assert ended(record, second)[-3:] == ["roll-back", "start", "up"]
+    assert ended(record, third) == []
+    ports = [address.rpartition(":")[2] for address in stage.addresses]
+    log = stage.prefix / "deployed"
+    assert log.read_text().splitlines() == [f"deploy {ports[0]}", f"deploy {ports[1]}", f"back {ports[1]}"]
+    log.unlink()
+    assert under_load(stage, "roll-back", UPSTREAM, first)["status"] == "done"
+    assert log.read_text() == f"back {ports[0]}\n"
+    log.unlink()
+
+
+@pytest.mark.timeout(300)
+def test_masters_are_scaled_out_and_in(stage: Stage) -> None:
+    before = len(workers(stage, stage.addresses[0]))
+    for count in (before + 2, before):
+        assert under_load(stage, "scale", UPSTREAM, stage.addresses[0], "--workers", str(count))["status"] == "done"
+        assert len(workers(stage, stage.addresses[0])) == count
+
+
+@pytest.mark.timeout(300)
+def test_a_rollout_is_paused_resumed_and_aborted(stage: Stage) -> None:
+    change = stage.client.begin_change("rollout", UPSTREAM)
+    stage.client.steer(change, "pause")
+    log = stage.prefix / "headgate.log"
+
+    def first_is_done() -> bool:
+        return any(s["name"] == "hold" and s["state"] == "done" for s in stage.client.change(change)["steps"])
+
+    until(first_is_done, "the server under way", 60, log)
+    record = stage.client.change(change)
+    assert record["status"] == "paused"
+    assert {s["state"] for s in record["steps"] if s["server"] != stage.addresses[0]} == {"pending"}
+    stage.client.steer(change, "resume")
+    until(
+        lambda: "terminate" in ended(stage.client.change(change), stage.addresses[1]),
+        "the next server", 60, log,
+    )  # fmt: skip
+    stage.client.steer(change, "abort")
+    *_, record = stage.client.follow_change(change)
+    assert record["status"] == "aborted"
+    assert ended(record, stage.addresses[1])[-1] == "up"
+    assert ended(record, stage.addresses[2]) == []
