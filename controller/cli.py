@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.live import Live
 
-from controller import cli_change, cli_conf, cli_doctor, cli_edge, cli_history, cli_install, cli_self
+from controller import cli_change, cli_conf, cli_doctor, cli_edge, cli_history, cli_install, cli_plan, cli_self
 from controller import cli_view as view
 from controller.client import Client, Json
 from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
@@ -293,6 +293,7 @@ cli_edge.register(app)
 cli_conf.register(app)
 cli_install.register(app)
 cli_history.register(app)
+cli_plan.register(app)
 
 
 # --- behind the commands ------------------------------------------------------------------------------------------

@@ -88,8 +88,15 @@ def rollout(
     force: _Force = False,
     queue: _Queue = False,
     wait: _Wait = True,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show what it would do; begins nothing.")] = False,
 ) -> None:
     """Restart all servers of an upstream, batch after batch; stops at the first that fails."""
+    foreseen = Client(load(context.obj).api.socket).plan(upstream, "rollout", (), batch, force=force, advise=plan)
+    if plan:
+        view.console().print(view.plan(foreseen))
+        return
+    for warning in view.warnings(foreseen):
+        view.console(sys.stderr).print(warning)
     _begin(context, "rollout", upstream, [], batch, max_unavailable, force=force, queue=queue, wait=wait)
 
 

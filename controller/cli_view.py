@@ -34,6 +34,7 @@ _COLOURS = {
     "skipped": "dim",
     "pending": "dim",
 }
+_CELLS = " ▁▂▃▄▅▆▇█"
 _EJECTED = {
     "errors": "failures in a row",
     "timeouts": "timeouts in a row",
@@ -155,6 +156,49 @@ def sentence(change: Json) -> Text:
             return Text(f"{what} {status} after {took}: {change['error']}", _COLOURS[status])
         case _:
             return Text(f"{what} done in {took}", "green")
+
+
+def plan(foreseen: Json) -> RenderableType:
+    """A plan for people: how it goes, batch by batch, what to mind, and the batch to take."""
+    known = [f"about {foreseen['rate']:.0f} requests/s"] if foreseen["rate"] is not None else []
+    known += [f"{foreseen['in_flight']} in flight"] if foreseen["in_flight"] is not None else []
+    count, size = foreseen["count"], foreseen["batch"]
+    head = Text(
+        f"{foreseen['kind']} of {foreseen['upstream']}: {count} batch{'es' * (count > 1)} of {size}, "
+        f"about {duration(foreseen['duration'])}" + (f"; now {', '.join(known)}" if known else ""),
+        "bold",
+    )
+    rows = _table("BATCH", "SERVERS", ("BEGINS", "right"), ("TAKES", "right"), ("CAPACITY", "right"), "PEAK LOAD")
+    for number, batch in enumerate(foreseen["batches"], 1):
+        rows.add_row(
+            str(number),
+            ", ".join(batch["servers"]),
+            duration(batch["begins"]),
+            duration(batch["ends"] - batch["begins"]),
+            f"{batch['capacity']:.0%}",
+            f"{batch['load']:.2f} × its usual share at {batch['server']}" if batch["server"] else "no server serves",
+        )
+    parts: list[RenderableType] = [head, rows]
+    if count > len(foreseen["batches"]):
+        parts.append(Text(f"{count - len(foreseen['batches'])} more batches are like these, or lighter", "dim"))
+    chart = "".join(_CELLS[round(each["capacity"] * (len(_CELLS) - 1))] for each in foreseen["samples"])
+    parts += [Text(), Text(f"capacity  {chart}  at least {foreseen['capacity']:.0%}")]
+    parts += [Text(foreseen["surge"]), *warnings(foreseen)]
+    if advice := foreseen["advice"]:
+        parts.append(Text(_advice(advice), "green" if advice["safe"] else "yellow"))
+    return Group(*parts)
+
+
+def warnings(foreseen: Json) -> list[Text]:
+    """What to mind, a line each."""
+    return [Text(f"mind: {warning}", "yellow") for warning in foreseen["warnings"]]
+
+
+def _advice(advice: Json) -> str:
+    how = f"peak load {advice['load']:.2f} ×, about {duration(advice['duration'])}"
+    if not advice["safe"]:
+        return f"recommended: none; even one server at once is too much ({how}); add a server first"
+    return f"recommended: --batch {advice['batch']} ({how}, a batch every {duration(advice['spacing'])})"
 
 
 def event(record: Json) -> Text:

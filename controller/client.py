@@ -20,6 +20,7 @@ UNFINISHED = ("queued", "running", "paused", "aborting")
 """The statuses of changes that go on."""
 
 _READING = 20.0  # seconds that reading a large nginx.conf with host names may take
+_PLANNING = 50.0  # seconds that the plan of a very large upstream may take
 _TIMEOUT = 10.0  # seconds for an answer, beside the seconds that a call asks to wait
 _PATIENCE = 30.0  # seconds that a restart of the daemon may take while somebody follows something
 _SILENCE = 40.0  # seconds without even a comment after which an event stream counts as lost
@@ -133,6 +134,23 @@ class Client:
     def steer(self, change: int, wish: str) -> str:
         """`pause`, `resume` or `abort` a change; its status then."""
         return str(self._call("POST", f"/v1/changes/{change}/{wish}")["status"])
+
+    def plan(
+        self,
+        upstream: str,
+        kind: str = "rollout",
+        servers: tuple[str, ...] = (),
+        batch: int | str = 1,
+        capacity: float | None = None,
+        *,
+        force: bool = False,
+        advise: bool = True,
+    ) -> Json:
+        """What an operation would do; nothing is begun. A large upstream takes a while."""
+        query = {"kind": kind, "servers": list(servers), "batch": str(batch), "capacity": capacity}
+        query |= {"force": force, "advise": advise}
+        path = f"/v1/upstreams/{quote(upstream, safe='')}/plan"
+        return self._call("GET", path, query, timeout=_TIMEOUT + _PLANNING)
 
     def change(self, change: int, wait: float = 0, seen: int = -1) -> Json:
         """One change with its steps; waits up to `wait` seconds for news beyond version `seen`."""

@@ -124,7 +124,7 @@ class Runtime:
         self._processes = processes
         self._prober = prober(self.post)
         self._source = source
-        self._check_for = check_for
+        self.check_for = check_for
         self._resolve_interval = resolve_interval
         self._on_turn = on_turn
         self._queue: asyncio.Queue[_Asked] = asyncio.Queue()
@@ -455,7 +455,7 @@ class Runtime:
                 {
                     (name, server.key): Target(server, check, _pace(group.peers[server.key]))
                     for name, group in self.state.groups.items()
-                    for check in (self._check_for(name),)
+                    for check in (self.check_for(name),)
                     for server in group.upstream.servers
                     if group.peers[server.key].admin is not Admin.MAINT
                 }

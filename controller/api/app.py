@@ -20,12 +20,14 @@ from controller.api import metrics, wire
 from controller.api.edge import add_check, add_edge
 from controller.api.face import Runtime
 from controller.api.history import add_history
+from controller.api.plan import add_plan
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
 from controller.core.change import group_of, resolve
 from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, SteerWished, WarmUpWished
 from controller.core.model import Admin, ChangeKind, Refused, Steer
 from controller.core.notice import named
+from controller.core.plan import refuse_overload
 from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 
 PUBLISH_SECONDS = 5.0
@@ -80,6 +82,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     add_check(app, runtime)
     add_edge(app, runtime)
     add_history(app, runtime)
+    add_plan(app, runtime)
     scraped = metrics.registry(runtime)
 
     @app.get("/healthz", tags=["daemon"])
@@ -205,7 +208,10 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     @app.post("/v1/changes", tags=["changes"], status_code=202)
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
-        outcome = await runtime.wish(wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers)))
+        event = wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers))
+        if wish.kind is ChangeKind.ROLLOUT:
+            refuse_overload(runtime.state, event, runtime.clock.now())
+        outcome = await runtime.wish(event)
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)
 

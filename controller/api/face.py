@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from controller.core.events import (
@@ -15,7 +15,7 @@ from controller.core.events import (
     WarmUpWished,
 )
 from controller.core.model import State
-from controller.ports import Clock, Counters, EventRecord, NginxConfig, Store, TrafficRecord
+from controller.ports import Check, Clock, Counters, EventRecord, NginxConfig, Store, TrafficRecord
 
 
 class Runtime(Protocol):
@@ -44,6 +44,10 @@ class Runtime(Protocol):
     @property
     def clock(self) -> Clock:
         """The clock that the state is reckoned with."""
+
+    @property
+    def check_for(self) -> Callable[[str], Check]:
+        """How the servers of an upstream are probed."""
 
     @property
     def data_plane(self) -> str:

@@ -196,10 +196,12 @@ class ProcessPolicy:
 @dataclass(frozen=True, slots=True)
 class RolloutPolicy:
     """`ready_time`: how long a server must stay up and warm before the next batch; `up_timeout`: how long it may take
-    from its start until the probes call it up."""
+    from its start until the probes call it up; `max_load`: above how many times its usual share no server may get
+    (0: no limit)."""
 
     ready_time: float = 0.0
     up_timeout: float = 60.0
+    max_load: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

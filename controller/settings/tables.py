@@ -249,6 +249,13 @@ class RolloutTable(Table):
 
     ready_time: Duration = 0.0
     up_timeout: PositiveDuration = 60.0
+    max_load: Annotated[float, Field(ge=0, le=1000, strict=False)] = 2.0
+
+    @model_validator(mode="after")
+    def _allows(self) -> Self:
+        if 0 < self.max_load < 1:
+            raise ValueError(f"max_load = {self.max_load:g} is below the usual share; write 2.0, or 0 for no limit")
+        return self
 
 
 class ProcessTable(Table):

@@ -16,7 +16,7 @@ from controller.adapters.store.sqlite import SqliteStore
 from controller.api.serve import ApiServer
 from controller.core.events import Event, ProbeResult
 from controller.core.model import Master, Server, Upstream
-from controller.core.policy import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, WarmUpPolicy
+from controller.core.policy import DrainPolicy, HealthPolicy, Policy, ProcessPolicy, RolloutPolicy, WarmUpPolicy
 from controller.ports import (
     Check,
     ConfigError,
@@ -36,6 +36,7 @@ POLICY = Policy(
     health=HealthPolicy(rise=1, fall=1),
     warm_up=WarmUpPolicy(duration=0.0),
     drain=DrainPolicy(timeout=60.0, settle=0.0),
+    rollout=RolloutPolicy(max_load=0.0),
     process=ProcessPolicy(start=("serve",), graceful_timeout=60.0),
 )
 APP = Upstream(
