@@ -29,7 +29,7 @@ _STAGES = {
     "start": "until the new process listened",
     "up": "until the probes called it up: check.rise passes, check.interval apart",
     "after_up": "the hooks of [upstream.*.hooks] ran",
-    "warm": "until it was warm, warm_up.duration from its first request on; the next batch waits for that",
+    "warm": "until it was warm, which takes warm_up.duration; the next batch waits for that",
     "hold": "the minimum ready time, rollout.ready_time",
 }
 
