@@ -34,9 +34,9 @@ def under_load(stage: Stage, *words: str) -> dict[str, Any]:
         [sys.executable, "-m", "controller", "--config", str(stage.settings), *words],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+    until(lambda: bool(load.read()) and load.ticks[-1]["requests"] > 100, "traffic", 20, stage.prefix / "load.log")
     summary = load.finish()
     assert summary["failures"] == {}, summary
-    assert summary["requests"] > 100
     record = stage.client.change(stage.client.changes()[0]["id"])
     assert done.returncode == (record["status"] != "done"), done.stdout + done.stderr
     assert [s["effective_weight"] > 0 for s in stage.client.upstream(UPSTREAM)["servers"]] == [True] * 3
