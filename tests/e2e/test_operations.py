@@ -20,7 +20,10 @@ deploy_timeout = "10s"
 """
 
 
-@pytest.fixture(scope="module", params=["sync", "gthread", "uvicorn"])
+@pytest.fixture(
+    scope="module",
+    params=["uvicorn", *(pytest.param(worker, marks=pytest.mark.slow) for worker in ("sync", "gthread"))],
+)
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     with Stage(request.param, warm_up=1.0, settings=DEPLOY) as built:
         yield built
