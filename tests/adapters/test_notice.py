@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -18,69 +17,31 @@ from controller.core.events import RunStep
 from controller.core.model import Group, Server, StepName, Upstream
 from controller.core.policy import NoticePolicy, Policy, ProcessPolicy
 from controller.stages import carry_out
+from tests.support.peer import Behave, Peer, answers, hangs, peer, status, trickles
 
 NOTICE = Notice("app", "web:8001@127.0.0.1", "127.0.0.1", 8001, "c0ffee", 1795171498.5)
 OK = b"HTTP/1.1 204 No Content\r\n\r\n"
-Behave = Callable[[int, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass
 class Consumer:
     """What one consumer was told: `(path, body)` for each request it has read whole."""
 
-    port: int = 0
-    told: list[tuple[str, dict[str, object]]] = field(default_factory=list)
+    peer: Peer
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/notices"
+        return f"{self.peer.url}/notices"
+
+    @property
+    def told(self) -> list[tuple[str, dict[str, object]]]:
+        return [(told.line.split()[1], json.loads(told.body)) for told in self.peer.told]
 
 
 @contextlib.asynccontextmanager
 async def consumer(behave: Behave) -> AsyncIterator[Consumer]:
-    """Serve; `behave` gets the number of the request, from 1 on, and the writer."""
-    known = Consumer()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
-        known.told.append((head.split()[1], json.loads(await reader.readexactly(length))))
-        with contextlib.suppress(ConnectionError):
-            await behave(len(known.told), writer)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    known.port = server.sockets[0].getsockname()[1]
-    try:
-        yield known
-    finally:
-        server.close()
-
-
-def answers(*texts: bytes) -> Behave:
-    """These answers in turn, then the last one again and again."""
-
-    async def behave(number: int, writer: asyncio.StreamWriter) -> None:
-        writer.write(texts[min(number, len(texts)) - 1])
-        await writer.drain()
-
-    return behave
-
-
-async def hangs(_: int, writer: asyncio.StreamWriter) -> None:
-    await asyncio.Event().wait()
-
-
-async def trickles(_: int, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\n")
-    while True:
-        writer.write(b"X-More: x\r\n")
-        await writer.drain()
-        await asyncio.sleep(0.01)
-
-
-def status(code: int, more: str = "") -> bytes:
-    return f"HTTP/1.1 {code} x\r\nContent-Length: 0\r\n{more}\r\n".encode()
+    async with peer(behave) as known:
+        yield Consumer(known)
 
 
 def policy(*consumers: str, tries: int = 3, timeout: float = 0.2, deadline: float = 5.0) -> NoticePolicy:
