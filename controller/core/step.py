@@ -42,6 +42,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
     """
     before = state
     state, outcome = _follow(state, event, now)
+    if state is before:
+        return state, outcome
     followed = state
     state, effects = panic.watch(before, state)
     return _settled(
