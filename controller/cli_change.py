@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -36,12 +37,23 @@ _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other se
 _Queue = Annotated[bool, typer.Option("--queue", help="Wait for the end of a change that is in the way.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
 
+_OF_SERVERS = {
+    "reload": "Drain each server, have its gunicorn master make new workers (HUP), and bring it back.",
+    "upgrade": "Drain each server, put a new gunicorn master beside the old one (USR2), then end the old one.",
+    "deploy": "Restart each server with the configured deploy command between stop and start; rolls back what fails.",
+    "roll-back": (
+        "Restart each server, the last one first, with the configured roll_back command between stop and start."
+    ),
+}
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
-    for verb in (stop, start, restart, rollout, reload, upgrade, deploy, scale, pause, resume, abort):
+    verbs: list[Callable[..., None]] = [stop, start, restart, rollout, scale, pause, resume, abort]
+    for verb in verbs:
         app.command()(verb)
-    app.command("roll-back")(roll_back)
+    for kind, summary in _OF_SERVERS.items():
+        app.command(kind)(_of_servers(kind, summary))
 
 
 def stop(
@@ -100,60 +112,23 @@ def rollout(
     _begin(context, "rollout", upstream, [], batch, max_unavailable, force=force, queue=queue, wait=wait)
 
 
-def reload(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _Servers = None,
-    batch: _Batch = "1",
-    max_unavailable: _MaxUnavailable = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Drain each server, have its gunicorn master make new workers (HUP), and bring it back."""
-    _begin(context, "reload", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+def _of_servers(kind: str, summary: str) -> Callable[..., None]:
+    """A verb that begins a change of this kind, of some servers of an upstream or of all."""
 
+    def verb(
+        context: typer.Context,
+        upstream: _Upstream,
+        servers: _Servers = None,
+        batch: _Batch = "1",
+        max_unavailable: _MaxUnavailable = None,
+        force: _Force = False,
+        queue: _Queue = False,
+        wait: _Wait = True,
+    ) -> None:
+        _begin(context, kind, upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
 
-def upgrade(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _Servers = None,
-    batch: _Batch = "1",
-    max_unavailable: _MaxUnavailable = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Drain each server, put a new gunicorn master beside the old one (USR2), then end the old one."""
-    _begin(context, "upgrade", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
-
-
-def deploy(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _Servers = None,
-    batch: _Batch = "1",
-    max_unavailable: _MaxUnavailable = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Restart each server with the configured deploy command between stop and start; rolls back what fails."""
-    _begin(context, "deploy", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
-
-
-def roll_back(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _Servers = None,
-    batch: _Batch = "1",
-    max_unavailable: _MaxUnavailable = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Restart each server, the last one first, with the configured roll_back command between stop and start."""
-    _begin(context, "roll-back", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+    verb.__doc__ = summary
+    return verb
 
 
 def scale(
