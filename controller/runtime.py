@@ -44,7 +44,6 @@ from controller.ports import (
     ConfigSource,
     Counters,
     DataPlane,
-    Delta,
     Edge,
     EventRecord,
     NginxConfig,
@@ -59,6 +58,7 @@ from controller.ports import (
     Target,
     TrafficRecord,
 )
+from controller.record import between
 from controller.stages import carry_out
 
 log = structlog.get_logger("headgate")
@@ -370,7 +370,7 @@ class Runtime:
 
         While the store fails, health and publishing go on; wishes and steps of changes do not.
         """
-        delta = self._delta()
+        delta = between(self._stored, self.state, self._notes, self.clock, again=bool(self.store_error))
         if delta is not None:
             state = self.state
             try:
@@ -412,39 +412,6 @@ class Runtime:
         if str(error) != self.store_error:
             log.error("the store cannot be written", error=str(error))
         self.store_error = str(error)
-
-    def _delta(self) -> Delta | None:
-        new, old = self.state, self._stored
-        if new is old and not self._notes and not self.store_error:
-            return None
-        peers = {
-            (name, key): peer
-            for name, group in new.groups.items()
-            if group is not old.groups.get(name)
-            for key, peer in group.peers.items()
-            if name not in old.groups or peer is not old.groups[name].peers.get(key)
-        }
-        gone = {
-            (name, key): None
-            for name, group in old.groups.items()
-            if group is not new.groups.get(name)
-            for key in group.peers
-            if name not in new.groups or key not in new.groups[name].peers
-        }
-        changes = {number: each for number, each in new.changes.items() if each is not old.changes.get(number)}
-        numbers = (new.revision, new.next_change, new.next_epoch)
-        same = numbers == (old.revision, old.next_change, old.next_epoch)
-        if same and not (peers or gone or changes or self._notes or self.store_error):
-            return None
-        return Delta(
-            self.clock.now(),
-            self.clock.wall(),
-            self.clock.boot(),
-            *numbers,
-            {**gone, **peers},
-            changes,
-            tuple(self._notes),
-        )
 
     def _show(self, before: State) -> None:
         """See that exactly the right servers are probed, and let everybody who waits look again."""
