@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from controller.adapters import outgoing
 from controller.adapters.launch import OURS
 from controller.adapters.pidfd import readable
 from controller.core.model import Server
@@ -136,7 +137,7 @@ def _in_origin(value: str) -> str:
 def _name(request: tuple[str, str], texts: _Texts) -> str:
     """A request without what may be secret in it."""
     method, url = request
-    return f"{method} {re.sub('//[^/@]*@', '//', texts.url(url, texts.shown)).partition('?')[0]}"
+    return f"{method} {outgoing.shown(texts.url(url, texts.shown))}"
 
 
 # --- requests -----------------------------------------------------------------------------------------------------
@@ -149,14 +150,7 @@ async def _ask(hook: Hook, texts: _Texts) -> str:
         headers["Content-Type"] = "application/json"
     requests = [(request, texts.url(request[1])) for request in hook.requests]
     wait, most = BACK_OFF
-    # Not requests in threads: a thread that reads byte after byte from a slow peer cannot be called back.
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None),
-        headers={"User-Agent": "headgate", **headers},
-        skip_auto_headers=["Content-Type"],
-    ) as session:
+    async with outgoing.session(headers, skip_auto_headers=["Content-Type"]) as session:
         for tried in range(1, hook.tries + 1):
             faults = []
             for request, url in requests:

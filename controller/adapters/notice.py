@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import re
 from dataclasses import asdict, dataclass
 
 import aiohttp
 
+from controller.adapters import outgoing
 from controller.core.policy import NoticePolicy
 
 BACK_OFF = (0.1, 1.0)
@@ -42,19 +42,13 @@ async def notify(policy: NoticePolicy, notice: Notice) -> str:
         return "notices have been switched off"
     missing = dict.fromkeys(policy.consumers, f"no answer within {policy.deadline:g} s")
     count = len(missing)
-    # Not requests in threads: a thread that reads byte after byte from a slow consumer cannot be called back.
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True, limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=policy.timeout),
-        headers={"User-Agent": "headgate"},
-    ) as session:
+    async with outgoing.session(timeout=aiohttp.ClientTimeout(total=policy.timeout)) as session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(policy.deadline), asyncio.TaskGroup() as all_of_them:
                 for url in tuple(missing):
                     all_of_them.create_task(_tell(session, url, policy, notice, missing))
     acknowledged = f"{count - len(missing)} of {count} consumers acknowledged"
-    return "; ".join([acknowledged, *(f"{_shown(url)}: {why}" for url, why in missing.items())])
+    return "; ".join([acknowledged, *(f"{outgoing.shown(url)}: {why}" for url, why in missing.items())])
 
 
 async def _tell(
@@ -86,8 +80,3 @@ async def _post(session: aiohttp.ClientSession, url: str, policy: NoticePolicy, 
         if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
             return "refused"
         return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _shown(url: str) -> str:
-    """The URL without what may be secret in it."""
-    return re.sub("//[^/@]*@", "//", url).partition("?")[0]
