@@ -181,10 +181,11 @@ end
 local function choose_among(upstream, methods)
   if methods then
     local subject = upstream.subject and upstream.subject()
-    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject)
-      or methods.backup.pick_except(upstream.backup, is_refused, load_of)
+    return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject, excluded)
+      or methods.backup.pick_except(upstream.backup, is_refused, load_of, nil, excluded)
   end
-  return round_robin.pick_except(upstream.primary, is_refused) or round_robin.pick_except(upstream.backup, is_refused)
+  return round_robin.pick_except(upstream.primary, is_refused, nil, nil, excluded)
+    or round_robin.pick_except(upstream.backup, is_refused, nil, nil, excluded)
 end
 
 -- The server that must be picked whatever the method: the one of the request's session (`named`, whether it can serve

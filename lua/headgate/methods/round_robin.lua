@@ -140,12 +140,50 @@ local function pay(ring, distance, credit)
   return server
 end
 
+-- Takes back what the server `distance` steps behind the ring's head has gained; it falls behind those that have more.
+local function withdraw(ring, distance, gained)
+  local at = index(ring, distance)
+  local server = ring.servers[at]
+  local credit = math.max(ring.credits[at] - gained, ring.credits[ring.at] - 1)
+  while distance < ring.size - 1 and ring.credits[index(ring, distance + 1)] > credit do
+    distance = distance + 1
+    local from = index(ring, distance)
+    ring.servers[at], ring.credits[at] = ring.servers[from], ring.credits[from]
+    at = from
+  end
+  ring.servers[at], ring.credits[at] = server, credit
+end
+
+-- What a server of weight 1 gains at a retry: only those that were not tried share in it.
+local function gain_without(state, tried)
+  local total = 0
+  for _, ring in ipairs(state.rings) do
+    for _, server in ipairs(ring.servers) do
+      total = total + (tried[server.key] and 0 or ring.weight)
+    end
+  end
+  return total > 0 and 1 / total or 0
+end
+
+local function withdraw_from(state, tried, gain)
+  for _, ring in ipairs(state.rings) do
+    for distance = ring.size - 1, 0, -1 do
+      if tried[ring.servers[index(ring, distance)].key] then
+        withdraw(ring, distance, ring.weight * gain)
+      end
+    end
+  end
+end
+
 --- Like pick(), among the servers for which `refused(server)` is false; nil when all are refused.
--- A refused server does not save up the turns that it missed.
-function _M.pick_except(state, refused)
+-- A refused server does not save up the turns that it missed. `tried`, nil or a set of keys, are those among them that
+-- this very request had before: as in nginx they gain nothing, else a dead server would be the next one again as soon
+-- as its request had gone elsewhere.
+function _M.pick_except(state, refused, _, _, tried)
+  local gain = tried and gain_without(state, tried) or state.gain
   local best, best_distance, top, passed = nil, nil, -huge, false
   for _, ring in ipairs(state.rings) do
-    ring.gained = ring.gained + ring.weight * state.gain
+    ring.gained = ring.gained + ring.weight * gain
     for distance = 0, ring.size - 1 do
       local at = index(ring, distance)
       if refused(ring.servers[at]) then
@@ -167,7 +205,11 @@ function _M.pick_except(state, refused)
       ring.credits[i] = math.min(ring.credits[i], top - ring.gained)
     end
   end
-  return pay(best, best_distance, top - best.gained)
+  local server = pay(best, best_distance, top - best.gained)
+  if tried then
+    withdraw_from(state, tried, gain)
+  end
+  return server
 end
 
 --- Like pick(), but the server is given: what others are owed grows as if it had been its turn.
