@@ -71,6 +71,11 @@ async def upgrade(server: Server, master: Master, timeout: float) -> Master:
     """
     seen: list[Identity] = []
     watch = _Watch(len(master.workers))
+    before, spent = await asyncio.to_thread(lambda: (_workers(master), procfs.spent_by_ended_children(master.pid)))
+
+    def ended_unseen() -> bool:
+        """Whether a child that was no worker has ended between two looks."""
+        return all(map(is_alive, before)) and procfs.spent_by_ended_children(master.pid) > spent
 
     def look() -> Master | None:
         processes = procfs.table()
@@ -78,8 +83,9 @@ async def upgrade(server: Server, master: Master, timeout: float) -> Master:
             raise _gone(master)
         pid = gunicorn.successor(master.pid, processes)
         if pid is None:
-            if seen:
-                message = f"the new master {seen[0][0]} ended before its workers accepted requests; the old one goes on"
+            if seen or ended_unseen():
+                name = f"the new master {seen[0][0]}" if seen else "the new master"
+                message = f"{name} ended before its workers accepted requests; the old one goes on"
                 raise ProcessError(message, _LOG)
             return None
         seen[:] = [(pid, processes[pid].created)]

@@ -10,6 +10,7 @@ import sys
 import psutil
 import pytest
 
+from controller.adapters import arbiter
 from controller.adapters.process import Processes
 from controller.core.policy import ProcessPolicy
 from controller.ports import ProcessError
@@ -104,6 +105,19 @@ async def test_an_upgrade_that_gunicorn_itself_cannot_do_ends_at_once(gunicorns,
     old = await found(server)
     with pytest.raises(ProcessError, match="ended before its workers accepted requests; the old one goes on"):
         await processes.upgrade(server, old, ProcessPolicy(start_timeout=60))
+    assert await get(server) == "200 done"
+
+
+async def test_a_new_master_that_comes_and_goes_between_two_looks_is_missed_by_no_upgrade(
+    gunicorns, processes, monkeypatch
+):
+    monkeypatch.setattr(arbiter, "_POLL", 4.0)
+    server = tcp(free_port())
+    gunicorns.master(server.address, "--reuse-port")
+    await get(server)
+    old = await found(server)
+    with pytest.raises(ProcessError, match="the new master ended before its workers accepted requests"):
+        await processes.upgrade(server, old, ProcessPolicy(start_timeout=11))
     assert await get(server) == "200 done"
 
 
