@@ -113,7 +113,7 @@ def steer(state: State, wish: SteerWished, now: float) -> tuple[State, list[Effe
 
     A paused change begins no further server; those under way come to their end. An aborted one gives servers that
     were not yet told to stop their place back, and brings the others up again; it leaves out what is not needed
-    for that.
+    for that. A call to others that is under way comes to its end, so that `after_up` cannot be overtaken by it.
     """
     change = state.changes.get(wish.change)
     if change is None or change.status.ended:
@@ -145,7 +145,7 @@ def _abort(state: State, change: Change, server: str, now: float) -> State:
     for at in mine:
         step = change.steps[at]
         waits = step.state is StepState.PENDING
-        if step.state is StepState.RUNNING and (untouched or step.name in (StepName.WARM, StepName.HOLD)):
+        if step.state is StepState.RUNNING and _dispensable(step.name, untouched):
             change = with_step(change, at, end(step, StepState.SKIPPED, "aborted", now))
         elif waits and (untouched or step.name in leave):
             change = with_step(change, at, replace(step, state=StepState.SKIPPED, ended=now, detail="aborted"))
@@ -153,6 +153,12 @@ def _abort(state: State, change: Change, server: str, now: float) -> State:
         return put(state, change)
     change = call_back(change, server, state.groups[change.upstream].upstream.policy)
     return give_back(put(state, change), change, begun[-1], now)
+
+
+def _dispensable(name: StepName, untouched: bool) -> bool:
+    """Whether a step that is under way is ended by an abort. Whoever is being called may still get it, whatever we do:
+    a deregistration that was given up could come behind the registration."""
+    return name in (StepName.WARM, StepName.HOLD) or (untouched and name not in HOOKS | {StepName.NOTIFY})
 
 
 def _refuse_unknown(wish: ChangeWished, policy: Policy) -> None:

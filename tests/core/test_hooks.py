@@ -8,7 +8,7 @@ import pytest
 
 from controller.core.events import Restored, RunStep, SteerWished, StepFailed
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Steer, StepName, StepState
-from controller.core.policy import Hook, HookPolicy, Policy
+from controller.core.policy import Hook, HookPolicy, NoticePolicy, Policy
 from tests.core.world import POLICY, A, B, C, World, upstream
 
 CALL = (Hook((("POST", "http://127.0.0.1:1/"),)),)
@@ -195,3 +195,49 @@ def test_an_aborted_change_tells_the_registry_that_the_server_stays() -> None:
     assert it.peer(A).admin is Admin.READY
     it.answer()
     assert it.change(number).status is ChangeStatus.ABORTED
+
+
+def abort_during(name: StepName) -> tuple[World, int]:
+    """A change that is aborted while a call of this name is under way, and the answer has not come."""
+    it = world(replace(ALL, notices=NoticePolicy(enabled=True)))
+    number = it.wish(ChangeKind.RESTART, A)
+    until(it, number, name)
+    it.take(SteerWished(number, Steer.ABORT))
+    return it.acknowledge(), number
+
+
+@pytest.mark.parametrize("name", [StepName.BEFORE_DRAIN, StepName.NOTIFY, StepName.AFTER_DRAIN])
+def test_a_call_that_is_under_way_at_an_abort_ends_before_the_registry_hears_that_the_server_stays(
+    name: StepName,
+) -> None:
+    it, number = abort_during(name)
+    assert due(it, number) == [name], "it could still reach the registry, after the registration"
+    assert it.peer(A).admin is Admin.READY, "the traffic does not wait for that"
+    assert it.change(number).status is ChangeStatus.ABORTING
+    it.answer()
+    assert due(it, number) == [StepName.AFTER_UP]
+    it.answer()
+    assert it.change(number).status is ChangeStatus.ABORTED
+    assert states(it, number)[StepName.TERMINATE] is StepState.SKIPPED
+
+
+def test_a_call_that_fails_after_an_abort_is_taken_back_too() -> None:
+    it, number = abort_during(StepName.BEFORE_DRAIN)
+    it.take(StepFailed(number, it.jobs.pop().step, "it hangs"))
+    assert due(it, number) == [StepName.AFTER_UP]
+    it.answer()
+    change = it.change(number)
+    assert (change.status, change.error) == (ChangeStatus.ABORTED, f"{A}: before_drain: it hangs")
+
+
+def test_a_call_under_way_at_an_abort_is_repeated_by_the_next_daemon_and_taken_back_behind_it() -> None:
+    it, number = abort_during(StepName.BEFORE_DRAIN)
+    saved = {("app", key): peer for key, peer in it.state.groups["app"].peers.items()}
+    again = World(now=it.now)
+    again.take(Restored(it.state.revision, it.state.next_change, it.state.next_epoch, saved, dict(it.state.changes)))
+    again.configure(upstream(policy=ALL))
+    assert [job.name for job in again.jobs] == [StepName.BEFORE_DRAIN]
+    again.answer()
+    assert [job.name for job in again.jobs] == [StepName.AFTER_UP]
+    again.answer()
+    assert again.change(number).status is ChangeStatus.ABORTED
