@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from controller import settings
-from controller.core.policy import Policy, ProcessPolicy, WarmUpPolicy
+from controller.core.policy import BalancePolicy, Policy, ProcessPolicy, WarmUpPolicy
 from controller.errors import SettingsError
 from controller.ports import Check
 from controller.settings import Settings, build, load
@@ -87,6 +87,28 @@ def test_an_upstream_with_another_type_of_check_leaves_what_belongs_to_the_defau
     both = read('[defaults.check]\nbody = "ok"\nfast_interval = "1s"\n[upstream.db]\ncheck.type = "tcp"')
     assert both.check_for("app") == Check(body="ok", fast_interval=1)
     assert both.check_for("db") == Check(type="tcp", fast_interval=1)
+
+
+def test_an_upstream_with_another_method_leaves_what_belongs_to_the_defaults_method() -> None:
+    both = read(
+        """
+        [defaults.balance]
+        method = "hash"
+        key = "$uri"
+        bound = 1.25
+        [upstream.random.balance]
+        method = "random"
+        [upstream.written.balance]
+        method = ""
+        [upstream.plain.balance]
+        bound = 0
+        consistent = false
+        """
+    )
+    assert both.policy_for("app").balance == BalancePolicy("hash", "$uri", bound=1.25)
+    assert both.policy_for("random").balance == BalancePolicy("random")
+    assert both.policy_for("written").balance == BalancePolicy(bound=1.25)
+    assert both.policy_for("plain").balance == BalancePolicy("hash", "$uri", consistent=False)
 
 
 def test_the_environment_goes_before_the_file() -> None:
@@ -187,8 +209,61 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         ("[defaults.warm_up]\nhold_requests = 0", "defaults.warm_up.hold_requests: 0 does not fit"),
         ('[defaults.warm_up]\nhold_window = "10ms"', "defaults.warm_up.hold_window: '10ms' does not fit"),
         ("[defaults.warm_up]\nstep_back = 0", "defaults.warm_up.step_back: 0"),
+        (
+            '[defaults.outlier]\nbase = "400s"',
+            "defaults.outlier: base (400 s) is longer than cap (300 s); shorten it, or lengthen cap",
+        ),
+        ('[upstream.a.outlier]\ncap = "20s"', "upstream.a.outlier: base (30 s) is longer than cap (20 s)"),
+        (
+            '[defaults.outlier]\nbase = "200s"\n[upstream.a.outlier]\ncap = "100s"',
+            "upstream.a.outlier: base (200 s) is longer than cap (100 s)",
+        ),
+        ("[defaults.outlier]\nerrors = 1000001", "outlier.errors: 1000001 does not fit; it should be less than"),
+        ("[defaults.outlier]\ntimeouts = 1000001", "outlier.timeouts: 1000001 does not fit; it should be less than"),
+        ("[defaults.outlier]\nserver_errors = 1000001", "outlier.server_errors: 1000001 does not fit"),
+        (
+            '[defaults.health]\nflap_hold = "6m"',
+            "defaults.health: flap_hold (360 s) is longer than flap_cap (300 s); shorten it, or lengthen flap_cap",
+        ),
+        ('[defaults.sticky]\npath = "/a;Secure"', '\'/a;Secure\' would end at ";" in a cookie; leave ";" out'),
+        ("[defaults.sticky]\nmax_age = 2147483649", "sticky.max_age: 2147483649 does not fit; it should be less than"),
+        (
+            '[defaults.sticky]\nsame_site = "None"\nsecure = false',
+            'same_site = "None" without secure is dropped by browsers; write secure = true, or same_site = "Lax"',
+        ),
+        ('[defaults.balance]\nmethod = "fastest"', "'fastest' is not known; write '', 'round_robin', 'least_conn'"),
+        ('[defaults.balance]\nmethod = "hash"', 'method = "hash" needs a key; write key = "$remote_addr"'),
+        (
+            '[defaults.balance]\nmethod = "hash"\nkey = "uri"',
+            "'uri' is the same for every request; write a variable of nginx",
+        ),
+        ('[defaults.balance]\nmethod = "hash"\nkey = "a$"', '\'a$\' has a "$" without a name; write "$name"'),
+        (
+            '[defaults.balance]\nmethod = "hash"\nkey = "$uri"\nbound = 0.9',
+            "bound = 0.9 leaves requests without a server; write 1.25, or 0 for none",
+        ),
+        (
+            '[defaults.balance]\nmethod = "hash"\nkey = "$uri"\nconsistent = false\nbound = 1.25',
+            "bound = 1.25 needs a consistent hash; write bound = 0, or consistent = true",
+        ),
+        (
+            '[defaults.balance]\nmethod = "ewma"\nkey = "$uri"',
+            'key means nothing to method = "ewma"; take it out, or write method = "hash"',
+        ),
+        (
+            '[defaults.balance]\nkey = "$uri"',
+            'key means nothing without method; take it out, or write method = "hash"',
+        ),
+        ('[defaults.balance]\nmethod = "ip_hash"\nbound = 1.25', 'bound means nothing to method = "ip_hash"'),
+        ('[defaults.balance]\nmethod = "hash"\nkey = "$uri"\ntwo = false', 'take it out, or write method = "random"'),
+        (
+            "[defaults.notices]\nenabled = true",
+            'enabled without consumers; write consumers = ["http://…"], or take enabled out',
+        ),
         ("[defaults.drain]\ntimeout = true", "True is no duration"),
         ("[defaults.drain]\ntimeout = inf", "inf is no duration"),
+        ('[defaults.drain]\ntimeout = "0.2ms"', "'0.2ms' is out of range; write 1 ms to 10 years (87600h), or 0 for"),
+        ('[defaults.drain]\ntimeout = "99999999h"', "'99999999h' is out of range; write 1 ms to 10 years"),
         ('[nginx]\nconf = "nginx.conf"', "nginx.conf: 'nginx.conf' is not an absolute path; begin it with"),
         ("[nginx]\nconf = 5", "nginx.conf: must be text; put it in quotes"),
         ("nginx = 5", "nginx: must be a table; write [nginx]"),

@@ -24,6 +24,8 @@ from controller.core.model import (
 )
 
 FORMAT = 1
+MOST_CONNS = 2**31
+"""More connections than any nginx holds. Its own limit for `max_conns` is greater."""
 
 
 def routing_of(server: Server, peer: Peer) -> Routing:
@@ -249,7 +251,7 @@ def _server(group: Group, server: Server, now: float) -> dict[str, object]:
         "weight": _weight(server, peer),
         "state": routing_of(server, peer).value,
         "backup": server.backup,
-        "max_conns": peer.agent.max_conns or server.max_conns,
+        "max_conns": min(peer.agent.max_conns or server.max_conns, MOST_CONNS),
     }
     if peer.forgiven:
         entry["forgive"] = peer.forgiven

@@ -96,13 +96,15 @@ def _joined(defaults: Mapping[str, Any], own: object) -> object:
     joined = {**defaults, **own}
     for name, table in own.items():
         if isinstance(table, dict) and isinstance(defaults.get(name), dict):
-            joined[name] = {**_fitting(defaults[name], table.get("type")), **table}
+            joined[name] = {**_fitting(name, defaults[name], table), **table}
     return joined
 
 
-def _fitting(table: Mapping[str, Any], kind: object) -> dict[str, Any]:
-    """The defaults without what means nothing to the type of check that an upstream has instead of theirs."""
-    return {key: value for key, value in table.items() if kind is None or kind in BELONGS.get(key, (kind,))}
+def _fitting(name: str, table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults without what means nothing to the type of check, or the method, that an upstream has instead."""
+    of, belongs = BELONGS.get(name, ("", {}))
+    kind = own.get(of)
+    return {key: value for key, value in table.items() if kind is None or kind in belongs.get(key, (kind,))}
 
 
 def _inherited(loc: tuple[str, ...], own: Mapping[str, Any]) -> bool:

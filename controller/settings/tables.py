@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from controller.core.policy import (
 from controller.settings.hooks import HooksTable
 from controller.settings.values import (
     CookieName,
+    CookiePath,
     Duration,
     Header,
     HostName,
@@ -37,6 +39,34 @@ from controller.settings.values import (
     UrlPath,
     Variables,
 )
+
+_WEB, _TLS, _GRPC = ("http", "https"), ("https", "grpcs"), ("grpc", "grpcs")
+BELONGS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
+    "check": (
+        "type",
+        {
+            **dict.fromkeys(("path", "statuses", "body", "header"), _WEB),
+            **dict.fromkeys(("ca_file", "client_cert", "client_key", "server_name", "verify"), _TLS),
+            "host": _WEB + _GRPC,
+            "service": _GRPC,
+            "send": ("agent",),
+        },
+    ),
+    "balance": ("method", {"key": ("hash",), "consistent": ("hash",), "bound": ("", "hash"), "two": ("random",)}),
+}
+"""By table: the key that says its kind, and the kinds that another key means something to. Keys that are not here mean
+something to all."""
+
+
+def _see_fitting(table: Table, name: str) -> None:
+    """Refuse what means nothing to the table's kind."""
+    of, belongs = BELONGS[name]
+    kind = getattr(table, of)
+    for key in sorted(table.model_fields_set & belongs.keys()):
+        if kind not in belongs[key] and getattr(table, key) != type(table).model_fields[key].default:
+            kinds = " or ".join(f'"{each}"' for each in belongs[key] if each)
+            nothing = f'to {of} = "{kind}"' if kind else f"without {of}"
+            raise ValueError(f"{key} means nothing {nothing}; take it out, or write {of} = {kinds}")
 
 
 class CheckTable(Table):
@@ -66,10 +96,7 @@ class CheckTable(Table):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for key in sorted(self.model_fields_set & BELONGS.keys()):
-            if self.type not in BELONGS[key] and getattr(self, key) != type(self).model_fields[key].default:
-                types = " or ".join(f'"{each}"' for each in BELONGS[key])
-                raise ValueError(f'{key} means nothing to type = "{self.type}"; take it out, or write type = {types}')
+        _see_fitting(self, "check")
         if self.client_key and not self.client_cert:
             raise ValueError("client_key without client_cert; name the certificate, too, or take client_key out")
         _see_files(self.ca_file, self.client_cert, self.client_key)
@@ -80,17 +107,6 @@ class CheckTable(Table):
         for name in ("interval", "fast_interval", "down_interval"):
             _see_time(self.timeout, name, getattr(self, name))
         return self
-
-
-_WEB, _TLS, _GRPC = ("http", "https"), ("https", "grpcs"), ("grpc", "grpcs")
-BELONGS = {
-    **dict.fromkeys(("path", "statuses", "body", "header"), _WEB),
-    **dict.fromkeys(("ca_file", "client_cert", "client_key", "server_name", "verify"), _TLS),
-    "host": _WEB + _GRPC,
-    "service": _GRPC,
-    "send": ("agent",),
-}
-"""The types of check that a key means something to; keys that are not here mean something to all."""
 
 
 def _see_files(ca_file: str | None, cert: str | None, key: str | None) -> None:
@@ -140,13 +156,28 @@ class HealthTable(Table):
     flap_hold: PositiveDuration = 30.0
     flap_cap: PositiveDuration = 300.0
 
+    @model_validator(mode="after")
+    def _capped(self) -> Self:
+        _see_cap("flap_hold", self.flap_hold, "flap_cap", self.flap_cap)
+        return self
+
+
+def _see_cap(name: str, value: float, cap_name: str, cap: float) -> None:
+    if value > cap:
+        raise ValueError(
+            f"{name} ({value:g} s) is longer than {cap_name} ({cap:g} s); shorten it, or lengthen {cap_name}"
+        )
+
+
+InARow = Annotated[int, Field(ge=0, le=1_000_000)]
+
 
 class OutlierTable(Table):
     """[*.outlier]: passive checks, by what the traffic shows."""
 
-    errors: Annotated[int, Field(ge=0)] = 5
-    timeouts: Annotated[int, Field(ge=0)] = 5
-    server_errors: Annotated[int, Field(ge=0)] = 5
+    errors: InARow = 5
+    timeouts: InARow = 5
+    server_errors: InARow = 5
     interval: Annotated[Duration, Field(ge=1)] = 10.0
     base: PositiveDuration = 30.0
     cap: PositiveDuration = 300.0
@@ -155,6 +186,11 @@ class OutlierTable(Table):
     requests: Annotated[int, Field(ge=1)] = 100
     success_rate: Annotated[float, Field(ge=0, le=100, strict=False)] = 1.9
     latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 5.0
+
+    @model_validator(mode="after")
+    def _capped(self) -> Self:
+        _see_cap("base", self.base, "cap", self.cap)
+        return self
 
 
 class QuarantineTable(Table):
@@ -195,6 +231,9 @@ class BalanceTable(Table):
             raise ValueError('method = "hash" needs a key; write key = "$remote_addr", or another variable of nginx')
         if 0 < self.bound < 1:
             raise ValueError(f"bound = {self.bound:g} leaves requests without a server; write 1.25, or 0 for none")
+        _see_fitting(self, "balance")
+        if self.bound and not self.consistent:
+            raise ValueError(f"bound = {self.bound:g} needs a consistent hash; write bound = 0, or consistent = true")
         return self
 
 
@@ -202,13 +241,21 @@ class StickyTable(Table):
     """[*.sticky]: sessions bound to a server by a cookie."""
 
     cookie: CookieName = ""
-    path: UrlPath = "/"
+    path: CookiePath = "/"
     secure: bool = True
     http_only: bool = True
     same_site: Literal["Strict", "Lax", "None"] = "Lax"
-    max_age: Annotated[int, Field(ge=0)] = 0
+    max_age: Annotated[int, Field(ge=0, le=2**31)] = 0
     drain: Duration = 30.0
     idle: PositiveDuration = 5.0
+
+    @model_validator(mode="after")
+    def _is_kept(self) -> Self:
+        if self.same_site == "None" and not self.secure:
+            raise ValueError(
+                'same_site = "None" without secure is dropped by browsers; write secure = true, or same_site = "Lax"'
+            )
+        return self
 
 
 class WarmUpTable(Table):

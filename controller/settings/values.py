@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+SHORTEST, LONGEST = 0.001, 315_360_000.0  # seconds: nginx is told milliseconds, as whole numbers
+
 
 class Table(BaseModel):
     """A table of headgate.toml: nothing unknown in it, and no value of another type."""
@@ -20,7 +22,12 @@ def _duration(value: object) -> object:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(ms|s|m|h|)", str(value))
     if not match:
         raise ValueError(f'{value!r} is no duration; write "2s", "500ms", "2m", "1h" or a number of seconds')
-    return float(match[1]) * {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    seconds = float(match[1]) * {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if seconds and not SHORTEST <= seconds <= LONGEST:
+        raise ValueError(
+            f"{match[0][:40]!r} is out of range; write 1 ms to 10 years ({LONGEST / 3600:.0f}h), or 0 for none"
+        )
+    return seconds
 
 
 def _share(value: object) -> object:
@@ -88,6 +95,12 @@ def _token(text: str) -> str:
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", text):
         raise ValueError(f"{text!r} is no name of a cookie; use letters, digits, - and _")
     return text
+
+
+def _cookie_path(path: str) -> str:
+    if ";" in _url_path(path):
+        raise ValueError(f'{path!r} would end at ";" in a cookie; leave ";" out')
+    return path
 
 
 def _url(text: str) -> str:
@@ -159,6 +172,7 @@ HookText = Annotated[str, AfterValidator(_hook_text)]
 HookUrl = Annotated[str, AfterValidator(_hook_url)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 Variables = Annotated[str, AfterValidator(_variables)]
+CookiePath = Annotated[str, AfterValidator(_cookie_path)]
 CookieName = Annotated[str, AfterValidator(_token)]
 StoreUrl = Annotated[str, AfterValidator(_store)]
 Listen = Annotated[str, AfterValidator(_listen)]
