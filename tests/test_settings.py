@@ -169,6 +169,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         ('[defaults.check]\npath = "/a\\r\\nX: y"', "is no path of a URL"),
         ('[defaults.check]\nhost = "a\\r\\nX: y"', "is no host name"),
         ('[defaults.check]\nca_file = "/no/such.pem"', "'/no/such.pem' does not exist or cannot be read; create it"),
+        ("[defaults.rollout]\nmax_latency = 0.5", "max_latency = 0.5 is no longer than before; write 2.0, or 0"),
         ('[defaults.check]\nfast_interval = "3s"', "fast_interval (3 s) is longer than interval (2 s); shorten it"),
         ('[defaults.check]\nfast_interval = "0.5s"', "timeout (1 s) is longer than fast_interval (0.5 s); shorten it"),
         ('[defaults.check]\ndown_interval = "0.5s"', "timeout (1 s) is longer than down_interval (0.5 s); shorten it"),

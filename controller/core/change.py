@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.core import peers, table
+from controller.core import peers, table, traffic
 from controller.core.events import (
     ChangeWished,
     Effect,
@@ -45,10 +45,7 @@ from controller.core.steps import (
     MASTER_OF,
     STEPS,
     WATCHED,
-    call_back,
-    end,
     fail,
-    give_back,
     nearest,
     note,
     put,
@@ -58,6 +55,7 @@ from controller.core.steps import (
     steps_of,
     with_step,
 )
+from controller.core.stopping import leave_out
 
 _KEPT = 50  # ended changes that stay in memory; the store has them all
 
@@ -97,6 +95,7 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     what = f"change {change.id}: {wish.kind} of {', '.join(keys)} in {wish.upstream}"
     try:
         state, effects = claim(state, wish.upstream, keys, wish.kind is not ChangeKind.DRAIN, now)
+        state, change = _measured(state, change)
         effects.append(note(change, "change", f"{what} begins"))
     except Refused as refused:
         if not wish.queue or refused.code != "busy":
@@ -130,35 +129,15 @@ def steer(state: State, wish: SteerWished, now: float) -> tuple[State, list[Effe
     change = replace(change, status=wanted)
     state = put(state, change)
     if wish.steer is Steer.ABORT:
+        names = {StepName.WARM, StepName.HOLD} | ({StepName.DEPLOY, StepName.ROLL_BACK} & set(STEPS[change.kind]))
         for server in dict.fromkeys(step.server for step in change.steps):
-            state = _abort(state, state.changes[change.id], server, now)
+            state = leave_out(state, state.changes[change.id], server, names, "aborted", now)
     return state, [note(change, "change", f"change {change.id}: {change.kind} of {change.upstream} is {wanted}")]
 
 
-def _abort(state: State, change: Change, server: str, now: float) -> State:
-    mine = [at for at, step in enumerate(change.steps) if step.server == server]
-    begun = [at for at in mine if change.steps[at].state is not StepState.PENDING]
-    if all(change.steps[at].state in ENDED for at in mine):
-        return state
-    untouched = all(change.steps[at].name in EMPTYING for at in begun)
-    leave = {StepName.WARM, StepName.HOLD} | ({StepName.DEPLOY, StepName.ROLL_BACK} & set(STEPS[change.kind]))
-    for at in mine:
-        step = change.steps[at]
-        waits = step.state is StepState.PENDING
-        if step.state is StepState.RUNNING and _dispensable(step.name, untouched):
-            change = with_step(change, at, end(step, StepState.SKIPPED, "aborted", now))
-        elif waits and (untouched or step.name in leave):
-            change = with_step(change, at, replace(step, state=StepState.SKIPPED, ended=now, detail="aborted"))
-    if not untouched or not begun or not _has(state, change, server):
-        return put(state, change)
-    change = call_back(change, server, state.groups[change.upstream].upstream.policy)
-    return give_back(put(state, change), change, begun[-1], now)
-
-
-def _dispensable(name: StepName, untouched: bool) -> bool:
-    """Whether a step that is under way is ended by an abort. Whoever is being called may still get it, whatever we do:
-    a deregistration that was given up could come behind the registration."""
-    return name in (StepName.WARM, StepName.HOLD) or (untouched and name not in HOOKS | {StepName.NOTIFY})
+def _measured(state: State, change: Change) -> tuple[State, Change]:
+    """The change with what its upstream did until now, where it begins: its budget is judged from here on."""
+    return traffic.anew(state, change.upstream), replace(change, before=state.groups[change.upstream].usual)
 
 
 def _refuse_unknown(wish: ChangeWished, policy: Policy) -> None:
@@ -335,7 +314,8 @@ def _next_in_queue(state: State, now: float) -> tuple[State, int, list[Effect]]:
             state, effects = claim(state, change.upstream, servers, change.kind is not ChangeKind.DRAIN, now)
         except Refused:
             continue
-        state = put(state, replace(change, status=ChangeStatus.RUNNING))
+        state, change = _measured(state, replace(change, status=ChangeStatus.RUNNING))
+        state = put(state, change)
         effects.append(note(change, "change", f"change {number}: {change.kind} of {change.upstream} begins"))
         return state, number, effects
     return state, 0, []
@@ -459,7 +439,8 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
         status, error = ChangeStatus.ABORTED, error or "by an operator"
     elif not status.ended:
         status = ChangeStatus.FAILED if error else ChangeStatus.DONE
-    state = _kept(put(state, replace(change, status=status, ended=now, steps=steps, error=error)))
+    state = put(state, replace(change, status=status, ended=now, steps=steps, error=error))
+    state = traffic.anew(_kept(state), change.upstream)
     if change.kind is ChangeKind.STOP and status is not ChangeStatus.FAILED:
         for step in steps:
             if step.name is StepName.TERMINATE and step.started is not None and _has(state, change, step.server):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from controller.core import table, traffic, warmup
@@ -34,7 +33,7 @@ def judge(state: State, seen: TrafficSeen, now: float) -> tuple[State, list[Effe
     counts = traffic.between(last, readings)
     for server in ramps:
         peer = group.peers[server.key]
-        theirs = _together(counts.get(key, Traffic()) for key in _warm_peers(group, server))
+        theirs = traffic.together(counts.get(key, Traffic()) for key in _warm_peers(group, server))
         warm, said = _after(policy, peer.warm_up, verdict(policy, counts.get(server.key, Traffic()), theirs), now)
         if warm is not peer.warm_up:
             state = table.with_peer(state, seen.upstream, server.key, replace(peer, warm_up=warm))
@@ -60,13 +59,13 @@ def verdict(policy: WarmUpPolicy, mine: Traffic, theirs: Traffic) -> str | None:
     10 ms as well.
     """
     good: str | None = None if policy.hold_errors or policy.hold_latency else ""
-    if policy.hold_errors and min(_ended(mine), _ended(theirs)) >= policy.hold_requests:
-        rate, usual = ((each.errors + each.failures) / _ended(each) for each in (mine, theirs))
+    if policy.hold_errors and min(traffic.ended(mine), traffic.ended(theirs)) >= policy.hold_requests:
+        rate, usual = (traffic.error_rate(each) for each in (mine, theirs))
         if rate > policy.hold_errors * usual and rate - usual >= _ERRORS:
             return f"error rate {rate * 100:.1f} % against {usual * 100:.1f} % of its warm peers"
         good = ""
     if policy.hold_latency and min(mine.answered, theirs.answered) >= policy.hold_requests:
-        mean, usual = (each.seconds / each.answered for each in (mine, theirs))
+        mean, usual = (traffic.mean(each) for each in (mine, theirs))
         if mean > policy.hold_latency * usual and mean - usual >= _LATENCY:
             return f"mean response time {mean * 1000:.0f} ms against {usual * 1000:.0f} ms of its warm peers"
         good = ""
@@ -111,17 +110,3 @@ def _warm_peers(group: Group, server: Server) -> list[str]:
         and table.routing_of(other, group.peers[other.key]) is Routing.UP
         and not warmup.active(group.peers[other.key].warm_up)
     ]
-
-
-def _ended(counts: Traffic) -> int:
-    return counts.answered + counts.failures
-
-
-def _together(counts: Iterable[Traffic]) -> Traffic:
-    every = tuple(counts)
-    return Traffic(
-        answered=sum(each.answered for each in every),
-        errors=sum(each.errors for each in every),
-        failures=sum(each.failures for each in every),
-        seconds=sum(each.seconds for each in every),
-    )

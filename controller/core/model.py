@@ -312,7 +312,7 @@ class Change:
     """An operation as data: what was asked, and every step with its time and outcome.
 
     No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
-    is to reach.
+    is to reach. `before` is the traffic that its upstream's budget is compared with.
     """
 
     id: int
@@ -326,6 +326,7 @@ class Change:
     error: str = ""
     max_unavailable: int = 0
     workers: int = 0
+    before: Traffic | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +366,9 @@ class Group:
     """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
 
     `compared` are the readings since which outliers are looked for, `weighed` those since which warming servers are
-    judged. What stands here and not in a peer is not stored: it begins anew with the daemon.
+    judged, `measured` those since which the budget of a change is; `usual` is what the upstream as a whole did in the
+    last such window in which no change was under way. What stands here and not in a peer is not stored: it begins anew
+    with the daemon.
     """
 
     upstream: Upstream
@@ -374,6 +377,8 @@ class Group:
     fail_open: bool = False
     compared: Readings | None = None
     weighed: Readings | None = None
+    measured: Readings | None = None
+    usual: Traffic | None = None
 
 
 @dataclass(frozen=True, slots=True)

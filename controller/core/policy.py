@@ -197,11 +197,20 @@ class ProcessPolicy:
 class RolloutPolicy:
     """`ready_time`: how long a server must stay up and warm before the next batch; `up_timeout`: how long it may take
     from its start until the probes call it up; `max_load`: above how many times its usual share no server may get
-    (0: no limit)."""
+    (0: no limit).
+
+    The budget of the whole upstream is judged every `window` seconds, by `min_requests` ended tries or more: a change
+    stops when more than the share `max_errors` of them failed, or their mean response time is more than `max_latency`
+    times that of before (0: neither).
+    """
 
     ready_time: float = 0.0
     up_timeout: float = 60.0
     max_load: float = 2.0
+    max_errors: float = 0.2
+    max_latency: float = 0.0
+    min_requests: int = 100
+    window: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, cold, edge, ejection, hold, notice, outlier, panic, peers, table
+from controller.core import budget, change, cold, edge, ejection, hold, notice, outlier, panic, peers, table
 from controller.core.events import (
     AdminWished,
     AgentSaid,
@@ -66,7 +66,8 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, effects = ejection.mirror(state, event, now)
             state, more = outlier.compare(state, event, now)
             state, held = hold.judge(state, event, now)
-            effects += [*more, *held]
+            state, stopped = budget.judge(state, event, now)
+            effects += [*more, *held, *stopped]
         case PeerSeen():
             state, effects, reading = peers.seen(state, event, now), [], event
         case Ticked():

@@ -1,8 +1,11 @@
-"""What happened between two readings of nginx's counters."""
+"""What happened between two readings of nginx's counters, to each server and to several together."""
 
 from __future__ import annotations
 
-from controller.core.model import Readings, Traffic
+from collections.abc import Iterable
+from dataclasses import replace
+
+from controller.core.model import Readings, State, Traffic
 
 
 def between(earlier: Readings, later: Readings) -> dict[str, Traffic]:
@@ -25,3 +28,37 @@ def between(earlier: Readings, later: Readings) -> dict[str, Traffic]:
                 max(0.0, new.seconds - old.seconds),
             )
     return counts
+
+
+def together(counts: Iterable[Traffic]) -> Traffic:
+    """The sum of what became of the tries of several servers."""
+    every = tuple(counts)
+    return Traffic(
+        answered=sum(each.answered for each in every),
+        errors=sum(each.errors for each in every),
+        failures=sum(each.failures for each in every),
+        seconds=sum(each.seconds for each in every),
+    )
+
+
+def ended(counts: Traffic) -> int:
+    """How many tries came to an end, with an answer or without."""
+    return counts.answered + counts.failures
+
+
+def error_rate(counts: Traffic) -> float:
+    """The share of the ended tries that were answered 5xx or not at all; 0 where none has ended."""
+    return (counts.errors + counts.failures) / max(1, ended(counts))
+
+
+def mean(counts: Traffic) -> float:
+    """The mean response time of what was answered, in seconds; 0 where nothing was."""
+    return counts.seconds / max(1, counts.answered)
+
+
+def anew(state: State, upstream: str) -> State:
+    """The state in which the budget of this upstream is judged from the next reading on."""
+    group = state.groups.get(upstream)
+    if group is None or group.measured is None:
+        return state
+    return replace(state, groups={**state.groups, upstream: replace(group, measured=None)})

@@ -292,16 +292,24 @@ class DrainTable(Table):
 
 
 class RolloutTable(Table):
-    """[*.rollout]: when a rollout takes the next batch."""
+    """[*.rollout]: when a change takes the next batch, and when it stops."""
 
     ready_time: Duration = 0.0
     up_timeout: PositiveDuration = 60.0
     max_load: Annotated[float, Field(ge=0, le=1000, strict=False)] = 2.0
+    max_errors: Share = 0.2
+    max_latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 0.0
+    min_requests: Annotated[int, Field(ge=1)] = 100
+    window: Annotated[Duration, Field(ge=1)] = 10.0
 
     @model_validator(mode="after")
     def _allows(self) -> Self:
         if 0 < self.max_load < 1:
             raise ValueError(f"max_load = {self.max_load:g} is below the usual share; write 2.0, or 0 for no limit")
+        if 0 < self.max_latency <= 1:
+            raise ValueError(
+                f"max_latency = {self.max_latency:g} is no longer than before; write 2.0, or 0 for no limit"
+            )
         return self
 
 
