@@ -137,6 +137,9 @@ class ProcessControl(Protocol):
     async def terminate(self, master: Master, policy: ProcessPolicy) -> None:
         """Ask it to finish what it has and end (TERM, or the unit's stop). A master that is gone already is fine."""
 
+    async def unreplaced(self, upstream: str, server: Server, master: Master, policy: ProcessPolicy) -> None:
+        """Return when it lives, or nothing serves in its place; ProcessError, naming what does."""
+
     async def wait_exit(self, master: Master, timeout: float) -> bool:
         """Whether master and workers were gone within `timeout` seconds."""
 

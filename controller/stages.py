@@ -48,7 +48,7 @@ async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl
     if job.master is None:
         return StepDone(job.change, job.step, "no process was running")
     if job.name in (StepName.TERMINATE, StepName.EXIT, StepName.KILL):
-        return await _end(job, job.master, process, processes)
+        return await _end(job, job.master, server, process, processes)
     return await _change(job, job.master, server, process, processes)
 
 
@@ -58,16 +58,27 @@ async def _watch(master: Master | None, policy: Policy, processes: ProcessContro
         raise ProcessError(f"its master {master.pid} has ended", "see its log")
 
 
-async def _end(job: RunStep, master: Master, policy: ProcessPolicy, processes: ProcessControl) -> StepDone:
+async def _end(
+    job: RunStep, master: Master, server: Server, policy: ProcessPolicy, processes: ProcessControl
+) -> StepDone:
+    async def alone() -> None:
+        # Nothing of ours has been started in these steps, so whatever is there is somebody else's.
+        if job.alone:
+            await processes.unreplaced(job.upstream, server, master, policy)
+
     if job.name is StepName.TERMINATE:
+        await alone()
         await processes.terminate(master, policy)
         return StepDone(job.change, job.step, f"asked {master.unit or master.pid} to stop")
     if job.name is StepName.EXIT:
         limit = policy.graceful_timeout + policy.margin
         gone = await processes.wait_exit(master, limit)
+        if gone:
+            await alone()
         text = "and its workers are gone" if gone else f"is still there after {limit:g} s"
         return StepDone(job.change, job.step, f"{master.pid} {text}", gone=gone)
     killed = await processes.kill(master, policy)
+    await alone()
     return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
 
 

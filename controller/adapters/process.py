@@ -77,6 +77,29 @@ class Processes:
             message = f"pid {master.pid} does not belong to the main process of unit {master.unit}"
             raise ProcessError(message, f"see `systemctl status {master.unit}`")
 
+    async def unreplaced(self, upstream: str, server: Server, master: Master, policy: ProcessPolicy) -> None:
+        """Return when the master lives, or nothing serves in its place; ProcessError, naming what does.
+
+        What is there and does not listen is waited for, up to start_timeout, to see what becomes of it.
+        """
+        with _seeing(master):
+            if await asyncio.to_thread(is_alive, (master.pid, master.created), master.executable):
+                return
+        deadline = asyncio.get_running_loop().time() + policy.start_timeout
+        while True:
+            try:
+                other = await self.find(upstream, server, policy)
+                break
+            except NotListening:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+            await asyncio.sleep(_POLL)
+        if other:
+            message = f"{server.address}: the master {master.pid} has ended, and pid {other.pid} serves in its place"
+            raise ProcessError(
+                message, "see what started that: it must not while headgate stops or deploys; then try again"
+            )
+
     async def wait_exit(self, master: Master, timeout: float) -> bool:
         """Whether the master and its workers (as found, as terminated, as now) were gone within `timeout` seconds."""
         gone = await wait_gone(await self._living(master), timeout)

@@ -230,7 +230,10 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Do this step through an adapter and report StepDone or StepFailed. Safe to repeat after a crash."""
+    """Do this step through an adapter and report StepDone or StepFailed. Safe to repeat after a crash.
+
+    `alone`: nothing may serve in the place of `master` when it has ended.
+    """
 
     change: int
     step: int
@@ -239,6 +242,7 @@ class RunStep:
     server: str
     master: Master | None = None
     workers: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,10 @@ MASTER_OF: dict[StepName, tuple[StepName, ...]] = {
     StepName.UP: (StepName.START, StepName.UPGRADE, StepName.WORKERS, StepName.SCALE),
 }
 
+#: Kinds that need the old process gone and no other in its place, before their command runs or they are done. For the
+#: others it is as well that somebody else has started a new one.
+ALONE = frozenset({ChangeKind.STOP, ChangeKind.DEPLOY, ChangeKind.ROLL_BACK})
+
 #: Kinds that need a gunicorn master, and one that runs.
 GUNICORN = frozenset({ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind.SCALE})
 
@@ -209,7 +213,8 @@ def _undo(change: Change, at: int, policy: Policy) -> tuple[Step, ...]:
 def run(change: Change, at: int) -> RunStep:
     """The effect that has an adapter carry out this step."""
     step = change.steps[at]
-    return RunStep(change.id, at, step.name, change.upstream, step.server, step.master, change.workers)
+    alone = change.kind in ALONE and step.name in ENDING
+    return RunStep(change.id, at, step.name, change.upstream, step.server, step.master, change.workers, alone)
 
 
 def note(change: Change, kind: str, text: str, server: str = "") -> Note:

@@ -159,6 +159,39 @@ def test_without_a_command_to_roll_back_a_failed_deploy_leaves_the_server_out() 
     assert world.serving() == (B, C)
 
 
+@pytest.mark.parametrize(
+    ("kind", "alone"),
+    [
+        (ChangeKind.STOP, True),
+        (ChangeKind.DEPLOY, True),
+        (ChangeKind.ROLL_BACK, True),
+        (ChangeKind.RESTART, False),  # a process that is newer than the change is what a restart is for
+        (ChangeKind.UPGRADE, False),  # the new master is there already
+    ],
+)
+def test_nothing_may_serve_in_the_place_of_a_master_whose_end_something_else_waits_for(
+    kind: ChangeKind, alone: bool
+) -> None:
+    world = World().configure(upstream(policy=DEPLOYING))
+    number = world.wish(kind, A)
+    for name in (StepName.TERMINATE, StepName.EXIT, StepName.KILL):
+        until(world, number, name)
+        job = world.jobs.pop()
+        assert (job.name, job.alone) == (name, alone)
+        world.take(StepDone(number, job.step, "", gone=False))
+
+
+def test_a_deploy_whose_master_was_replaced_gives_the_place_back_and_runs_no_command() -> None:
+    world = World().configure(upstream(policy=DEPLOYING))
+    number = world.wish(ChangeKind.DEPLOY)
+    until(world, number, StepName.TERMINATE)
+    world.take(StepFailed(number, world.jobs.pop().step, "pid 7 serves in its place"))
+    world.acknowledge().live(60)
+    assert world.change(number).error == f"{A}: terminate: pid 7 serves in its place"
+    assert done(world, number, A) == ["find", "drain", "empty", "settle"]
+    assert world.serving() == (A, B, C)
+
+
 def test_a_roll_back_takes_the_servers_in_the_other_order() -> None:
     world = World().configure(upstream(policy=DEPLOYING))
     number = world.wish(ChangeKind.ROLL_BACK)

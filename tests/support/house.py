@@ -130,6 +130,9 @@ class HeldProcesses:
     async def terminate(self, master: Master, policy: ProcessPolicy) -> None:
         pass
 
+    async def unreplaced(self, upstream: str, server: Server, master: Master, policy: ProcessPolicy) -> None:
+        pass
+
     async def wait_exit(self, master: Master, timeout: float) -> bool:
         await self.stuck.wait()
         return True
