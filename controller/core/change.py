@@ -403,6 +403,8 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
     elif step.name is StepName.UP:
         state, effects = peers.started(state, change.upstream, step.server)
         effects.append(ProbeNow(change.upstream, step.server))
+    elif step.name in (StepName.WARM, StepName.HOLD):
+        step = replace(step, taken_out=group.peers[step.server].taken_out)
     change = with_step(change, at, step)
     effects.insert(0, note(change, "step", f"change {change.id}: {step.server}: {step.name}", step.server))
     if step.name in BY_ADAPTER | WATCHED:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from controller.core import table, warmup
+from controller.core import hold, table, warmup
 from controller.core.events import Effect, Note
 from controller.core.model import Group, Health, Peer, Refused, Routing, Server, State, Warmth, WarmUp
 
@@ -67,8 +67,9 @@ def ineffective(group: Group) -> bool:
 def settle(before: State, state: State, now: float) -> tuple[State, list[Effect]]:
     """What follows for warm-ups from what has happened since `before`.
 
-    Servers that came back into traffic begin to warm up, ramps that have become needless end, those who wait are let
-    in as there is room, first come first served, and it is noted where ramps protect nobody.
+    Servers that came back into traffic begin to warm up, ramps of those that were taken out of it hold, ramps that have
+    become needless end, those who wait are let in as there is room, first come first served, and it is noted where
+    ramps protect nobody.
     """
     effects: list[Effect] = []
     for name, group in state.groups.items():
@@ -78,6 +79,9 @@ def settle(before: State, state: State, now: float) -> tuple[State, list[Effect]
         reread = old is None or old.upstream is not group.upstream
         if old is not None:
             state = _returned(state, old, name, now)
+            for key in _changed(old, state.groups[name]):
+                state, more = hold.taken_out(state, old, key, now)
+                effects += more
         if reread:
             state, more = _reconsidered(state, name, now)
             effects += more

@@ -94,7 +94,10 @@ def _ejected(peer: Peer, found: Ejection | None) -> Peer:
     if known and found and (known.reason, known.times) == (found.reason, found.times):
         return peer if abs(known.until - found.until) < _DRIFT else replace(peer, ejected=found)
     # Passes are counted anew, so that `rise` of them tell of a server that only its traffic finds dead.
-    return replace(peer, ejected=found, passes=0) if found else replace(peer, ejected=None)
+    if found is None:
+        return replace(peer, ejected=None)
+    again = not any(map(table.judged, peer.quarantine))  # or out as an outlier already, of whom nginx saw some more
+    return replace(peer, ejected=found, passes=0, taken_out=peer.taken_out + again)
 
 
 def _notes(group: Group, key: str, before: Peer, peer: Peer, now: float) -> list[Effect]:

@@ -1,12 +1,29 @@
-"""A ramp that holds: the server that warms up is compared with its warm peers, and gets no more while it does worse."""
+"""A ramp that holds: the server that warms up is compared with its warm peers, and gets no more while it does worse, or
+after its traffic has taken it out. In its minimum ready time a server is compared in the same way.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
-from controller.core import table, traffic, warmup
+from controller.core import ejection, table, traffic, warmup
 from controller.core.events import Effect, Note, TrafficSeen
-from controller.core.model import Group, Peer, Readings, Routing, Server, State, Traffic, Warmth, WarmUp
+from controller.core.model import (
+    Group,
+    Health,
+    Peer,
+    Readings,
+    Routing,
+    Server,
+    State,
+    StepName,
+    StepState,
+    Traffic,
+    Warmth,
+    WarmUp,
+    Weighed,
+)
 from controller.core.policy import WarmUpPolicy
 
 _ERRORS = 0.01  # an error rate that is worse by less is no reason to hold
@@ -15,40 +32,82 @@ _BACK = 10  # a step back is this part of the duration
 
 
 def judge(state: State, seen: TrafficSeen, now: float) -> tuple[State, list[Effect]]:
-    """Hold, step back or go on, once for each window of `hold_window` seconds; the same state within one."""
+    """Hold, step back or go on, once for each window of `hold_window` seconds; the same state within one.
+
+    A window with too few answers to tell goes on, until it is `step_back` seconds long.
+    """
     group = state.groups.get(seen.upstream)
     if group is None:
         return state, []
-    policy, last = group.upstream.policy.warm_up, group.weighed
-    ramps = [server for server in group.upstream.servers if _judged(group.peers[server.key])]
-    readings = Readings(now, seen.boot, seen.servers) if ramps else None
-    if readings and last and last.boot == readings.boot and now - last.at < policy.hold_window:
+    policy, readings = group.upstream.policy.warm_up, Readings(now, seen.boot, seen.servers)
+    proving = _proving(state, seen.upstream)
+    weighed, found = {}, {}
+    for server in group.upstream.servers:
+        key = server.key
+        if not _ramps(group.peers[key]) and key not in proving:
+            continue
+        last = group.weighed.get(key)
+        if last is None or last.since.boot != seen.boot:
+            weighed[key] = Weighed(readings, now)
+        elif now - last.at < policy.hold_window:
+            weighed[key] = last
+        elif out_of(group, key):
+            weighed[key] = Weighed(readings, now)
+        else:
+            counts = traffic.between(last.since, readings)
+            theirs = traffic.together(counts.get(each, Traffic()) for each in _warm_peers(group, server, proving))
+            wrong = verdict(policy, counts.get(key, Traffic()), theirs)
+            if wrong is None and now - last.since.at < policy.step_back:
+                weighed[key] = replace(last, at=now)
+            else:
+                weighed[key] = Weighed(readings, now, last.worse if last.why else now, wrong or "")
+                found[key] = wrong
+    if weighed.keys() == group.weighed.keys() and all(weighed[key] is group.weighed[key] for key in weighed):
         return state, []
-    if readings is last:
-        return state, []
-    state = replace(state, groups={**state.groups, seen.upstream: replace(group, weighed=readings)})
-    if readings is None or last is None:
-        return state, []
+    state = replace(state, groups={**state.groups, seen.upstream: replace(group, weighed=weighed)})
     effects: list[Effect] = []
-    counts = traffic.between(last, readings)
-    for server in ramps:
-        peer = group.peers[server.key]
-        theirs = traffic.together(counts.get(key, Traffic()) for key in _warm_peers(group, server))
-        warm, said = _after(policy, peer.warm_up, verdict(policy, counts.get(server.key, Traffic()), theirs), now)
+    for key, wrong in found.items():
+        peer = group.peers[key]
+        warm, said = _after(policy, peer.warm_up, wrong, now) if _ramps(peer) else (peer.warm_up, "")
         if warm is not peer.warm_up:
-            state = table.with_peer(state, seen.upstream, server.key, replace(peer, warm_up=warm))
-            effects.append(Note("warm-up", f"{seen.upstream}: {server.key} {said}", seen.upstream, server.key))
+            state = table.with_peer(state, seen.upstream, key, replace(peer, warm_up=warm))
+            effects.append(Note("warm-up", f"{seen.upstream}: {key} {said}", seen.upstream, key))
     return state, effects
 
 
-def unjudged(group: Group, warm_up: WarmUp, now: float) -> WarmUp:
+def out_of(group: Group, key: str) -> str:
+    """Why a server's traffic keeps it away, or its health that changes too often; empty where nothing does."""
+    peer = group.peers[key]
+    if peer.ejected:
+        return f"nginx ejected it after {ejection.reason(peer.ejected, group.upstream.policy.outlier)}"
+    return next((entry.why for entry in peer.quarantine if table.judged(entry)), "")
+
+
+def taken_out(state: State, old: Group, key: str, now: float) -> tuple[State, list[Effect]]:
+    """The ramp of a server that was taken out of traffic holds, for nobody warms up without requests.
+
+    Back in traffic it is judged as any that holds, from then on.
+    """
+    name = old.upstream.name
+    group = state.groups[name]
+    peer, why, policy = group.peers[key], out_of(group, key), group.upstream.policy.warm_up
+    server = next(each for each in group.upstream.servers if each.key == key)
+    served = table.routing_of(server, old.peers[key]) is Routing.UP
+    if why and served and peer.health is not Health.DOWN and peer.warm_up.phase is Warmth.RUNNING:
+        warm, said = _held(policy, peer.warm_up, why, now)
+        note = Note("warm-up", f"{name}: {key} {said}", name, key)
+        return table.with_peer(state, name, key, replace(peer, warm_up=warm)), [note]
+    if not why and peer.warm_up.phase is Warmth.HELD and out_of(old, key):
+        state = table.with_peer(state, name, key, replace(peer, warm_up=replace(peer.warm_up, since=now)))
+    return state, []
+
+
+def unjudged(group: Group, key: str, now: float) -> WarmUp:
     """The warm-up at this time: a held one goes on when nginx's counters have not been read for `step_back` seconds."""
-    wait = group.upstream.policy.warm_up.step_back
-    if warm_up.phase is not Warmth.HELD or now - warm_up.since < wait:
+    warm_up, wait, weighed = group.peers[key].warm_up, group.upstream.policy.warm_up.step_back, group.weighed.get(key)
+    if warm_up.phase is not Warmth.HELD or now - warm_up.since < wait or out_of(group, key):
         return warm_up
-    if group.weighed is not None and now - group.weighed.at < wait:
-        return warm_up
-    return _on(warm_up, now)
+    return warm_up if weighed is not None and now - weighed.at < wait else _on(warm_up, now)
 
 
 def verdict(policy: WarmUpPolicy, mine: Traffic, theirs: Traffic) -> str | None:
@@ -72,23 +131,34 @@ def verdict(policy: WarmUpPolicy, mine: Traffic, theirs: Traffic) -> str | None:
     return good
 
 
-def _judged(peer: Peer) -> bool:
+def _ramps(peer: Peer) -> bool:
     return peer.warm_up.phase in (Warmth.RUNNING, Warmth.HELD)
 
 
+def _proving(state: State, upstream: str) -> set[str]:
+    """The servers in their minimum ready time after a change."""
+    return {
+        step.server
+        for change in state.changes.values()
+        if change.upstream == upstream and not change.status.ended
+        for step in change.steps
+        if step.name is StepName.HOLD and step.state is StepState.RUNNING
+    }
+
+
+def _held(policy: WarmUpPolicy, warm_up: WarmUp, why: str, now: float) -> tuple[WarmUp, str]:
+    held = replace(warm_up, phase=Warmth.HELD, elapsed=warmup.elapsed(warm_up, now), since=now, why=why)
+    return held, f"holds at {_share(policy, held, now)} of its weight: {why}"
+
+
 def _after(policy: WarmUpPolicy, warm_up: WarmUp, wrong: str | None, now: float) -> tuple[WarmUp, str]:
-    elapsed = warmup.elapsed(warm_up, now)
     if warm_up.phase is Warmth.RUNNING:
-        if not wrong:
-            return warm_up, ""
-        held = replace(warm_up, phase=Warmth.HELD, elapsed=elapsed, since=now, why=wrong)
-        return held, f"holds at {_share(policy, held, now)} of its weight: {wrong}"
-    late = now - warm_up.since >= policy.step_back
-    if wrong == "":
-        return _on(warm_up, now), "goes on to warm up: it does as well as its warm peers"
-    if wrong is None:
-        return (_on(warm_up, now), "goes on to warm up: too few answers to judge it") if late else (warm_up, "")
-    if not late or elapsed <= 0:
+        return _held(policy, warm_up, wrong, now) if wrong else (warm_up, "")
+    if not wrong:
+        judged = "it does as well as its warm peers" if wrong == "" else "too few answers to judge it"
+        return _on(warm_up, now), f"goes on to warm up: {judged}"
+    elapsed = warmup.elapsed(warm_up, now)
+    if now - warm_up.since < policy.step_back or elapsed <= 0:
         return warm_up, ""
     back = replace(warm_up, elapsed=max(0.0, elapsed - policy.duration / _BACK), since=now, why=wrong)
     return back, f"steps back to {_share(policy, back, now)} of its weight: {wrong}"
@@ -102,11 +172,12 @@ def _share(policy: WarmUpPolicy, warm_up: WarmUp, now: float) -> str:
     return f"{warmup.share(policy, warm_up, now) * 100:.0f} %"
 
 
-def _warm_peers(group: Group, server: Server) -> list[str]:
+def _warm_peers(group: Group, server: Server, proving: Collection[str]) -> list[str]:
     return [
         other.key
         for other in group.upstream.servers
         if other.backup is server.backup
+        and other.key not in proving
         and table.routing_of(other, group.peers[other.key]) is Routing.UP
         and not warmup.active(group.peers[other.key].warm_up)
     ]

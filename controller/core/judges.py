@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from controller.core import drain, peers, warmup
+from controller.core import drain, hold, peers, warmup
 from controller.core.events import PeerSeen
-from controller.core.model import Change, Health, State, Step, StepName, StepState, Warmth
+from controller.core.model import Change, Group, Health, State, Step, StepName, StepState, Warmth
 from controller.core.steps import fail, nearest, put, settle, with_step
 
 
@@ -79,6 +79,10 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
     warm = peer.warm_up
     if peer.health is Health.DOWN:
         return fail(state, change, at, f"went down while warming: {peer.reason}", now)
+    if why := _repeated(group, step):
+        return fail(state, change, at, f"taken out of traffic again while warming: {why}", now)
+    if why := _away(group, step):
+        return _say(state, change, at, f"held: {why}")
     if not warmup.active(warm):
         return settle(state, change, at, StepState.DONE, f"warm after {now - (step.started or now):.1f} s", now)
     if warm.phase is Warmth.WAITING and now - warm.since >= policy.duration:
@@ -90,9 +94,7 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
         detail = f"held: {warm.why}"
     elif warm.phase is Warmth.QUEUED:
         detail = "waits until others are warm"
-    if detail == step.detail:
-        return state
-    return put(state, with_step(change, at, replace(step, detail=detail)))
+    return _say(state, change, at, detail)
 
 
 def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
@@ -100,8 +102,19 @@ def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen |
     peer, wait = group.peers[step.server], group.upstream.policy.rollout.ready_time
     if peer.health is Health.DOWN:
         return fail(state, change, at, f"went down within its minimum ready time: {peer.reason}", now)
-    if now - (step.started or now) < wait:
-        return state
+    if why := _repeated(group, step):
+        return fail(state, change, at, f"taken out of traffic again within its minimum ready time: {why}", now)
+    if why := _away(group, step):
+        ends = (*(entry.until for entry in peer.quarantine), peer.ejected.until if peer.ejected else now)
+        return _say(state, change, at, f"held: {why}", max(ends))
+    weighed, patience = group.weighed.get(step.server), group.upstream.policy.warm_up.step_back
+    if weighed and weighed.why and now - weighed.at < patience:
+        if weighed.at - weighed.worse >= patience:
+            return fail(state, change, at, f"does worse within its minimum ready time: {weighed.why}", now)
+        return _say(state, change, at, f"held: {weighed.why}", step.quiet)
+    # Away is not ready: the time counts anew.
+    if now - (step.quiet or step.started or now) < wait:
+        return _say(state, change, at, "", step.quiet)
     return settle(state, change, at, StepState.DONE, f"ready for {wait:g} s", now)
 
 
@@ -121,3 +134,25 @@ def _drained(change: Change, at: int) -> Step:
     found = nearest(change, at, StepName.DRAIN)
     assert found is not None, "whoever is emptied was drained before"
     return found
+
+
+def _away(group: Group, step: Step) -> str:
+    """Why the step's server is kept out of traffic, though it should be in it; empty where it is not."""
+    quarantine = group.peers[step.server].quarantine
+    return hold.out_of(group, step.server) or (quarantine[-1].why if quarantine else "")
+
+
+def _repeated(group: Group, step: Step) -> str:
+    """Why the step's server was taken out of traffic, when that is the second time within the step; else empty.
+
+    Once may be an accident: a connection that broke, a backend of its own that restarted.
+    """
+    if group.peers[step.server].taken_out - step.taken_out < 2:
+        return ""
+    return hold.out_of(group, step.server) or "twice within this step"
+
+
+def _say(state: State, change: Change, at: int, detail: str, quiet: float | None = None) -> State:
+    step = change.steps[at]
+    said = replace(step, detail=detail, quiet=quiet)
+    return state if said == step else put(state, with_step(change, at, said))

@@ -49,7 +49,7 @@ class Warmth(enum.StrEnum):
     QUEUED = "queued"  # healthy, but not in traffic yet: enough of its upstream is cold already
     WAITING = "waiting"  # for the first request
     RUNNING = "running"
-    HELD = "held"  # it errs, or is slower than its warm peers
+    HELD = "held"  # it errs, is slower than its warm peers, or was taken out of traffic
     DONE = "done"
 
 
@@ -178,8 +178,9 @@ class Peer:
     """The living side of a server. `incumbent`: nginx was sending to it before Headgate knew it, so unknown serves.
 
     `passes` and `fails` count results in a row; each result resets the other. `changed` has the times of its last
-    changes of health, `rests` counts how often it flapped, `ejections` how often it was an outlier. `sessions`: it
-    drains and still keeps its sticky sessions. A greater `forgiven` makes nginx forget its ejections.
+    changes of health, `rests` counts how often it flapped, `ejections` how often it was an outlier; `taken_out`, which
+    never falls, how often its traffic took it out: by an ejection, or as an outlier. `sessions`: it drains and still
+    keeps its sticky sessions. A greater `forgiven` makes nginx forget its ejections.
     """
 
     admin: Admin = Admin.READY
@@ -197,6 +198,7 @@ class Peer:
     ejections: int = 0
     sessions: bool = False
     forgiven: int = 0
+    taken_out: int = 0
     heard: tuple[str, ...] = ()  # the ids of the last notices
 
 
@@ -304,7 +306,8 @@ class Step:
     revision: int = 0  # the table that `drain` waits for
     admin: Admin | None = None  # what `drain` found, to go back to
     requests: int = -1  # what `sessions` last read of the server's counter
-    quiet: float | None = None  # since when that has not changed
+    quiet: float | None = None  # since when that has not changed; of `hold`, when its server is back in traffic
+    taken_out: int = 0  # what its server's count of that was when it began
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +342,19 @@ class Readings:
 
 
 @dataclass(frozen=True, slots=True)
+class Weighed:
+    """How one server is judged by its traffic: the readings `since` which it is, and when that was last tried, `at`.
+
+    `why` says what is wrong with it by the last verdict, which has been bad from `worse` on; empty where it is good.
+    """
+
+    since: Readings
+    at: float
+    worse: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
     """How many servers of an upstream serve by their own right, and how many would where it fails open (`able`); of
     its primary ones that people want to serve (`wanted`), how many are `up`.
@@ -365,10 +381,10 @@ class Tally:
 class Group:
     """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
 
-    `compared` are the readings since which outliers are looked for, `weighed` those since which warming servers are
-    judged, `measured` those since which the budget of a change is; `usual` is what the upstream as a whole did in the
-    last such window in which no change was under way. What stands here and not in a peer is not stored: it begins anew
-    with the daemon.
+    `compared` are the readings since which outliers are looked for; `weighed` has, by key, the servers that warm up or
+    have to prove themselves; `measured` are the readings since which the budget of a change is judged, and `usual` is
+    what the upstream as a whole did in the last such window in which no change was under way. What stands here and not
+    in a peer is not stored: it begins anew with the daemon.
     """
 
     upstream: Upstream
@@ -376,7 +392,7 @@ class Group:
     tally: Tally = Tally()
     fail_open: bool = False
     compared: Readings | None = None
-    weighed: Readings | None = None
+    weighed: Mapping[str, Weighed] = field(default_factory=dict)
     measured: Readings | None = None
     usual: Traffic | None = None
 

@@ -64,6 +64,7 @@ def compare(state: State, event: TrafficSeen, now: float) -> tuple[State, list[E
             peer,
             quarantine=(*peer.quarantine, entry),
             ejections=min(times, math.ceil(policy.cap / policy.base)),
+            taken_out=peer.taken_out + 1,
         )
         state = table.with_peer(state, event.upstream, outlier.key, peer)
         text = f"{event.upstream}: {outlier.key} is an outlier and gets nothing for {seconds:g} s: {outlier.why}"

@@ -125,7 +125,7 @@ def tick(state: State, now: float) -> tuple[State, list[Effect]]:
     for name, group in state.groups.items():
         for server in group.upstream.servers:
             key, peer = server.key, group.peers[server.key]
-            warm = warmup.advance(group.upstream.policy.warm_up, hold.unjudged(group, peer.warm_up, now), now)
+            warm = warmup.advance(group.upstream.policy.warm_up, hold.unjudged(group, key, now), now)
             if warm is not peer.warm_up:
                 state = table.with_peer(state, name, key, replace(peer, warm_up=warm))
                 if table.routing_of(server, peer) is Routing.UP:

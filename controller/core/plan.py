@@ -303,7 +303,7 @@ class _World:
         self._began = self._now = now
         self._state = replace(
             state,
-            groups={wish.upstream: replace(group, compared=None, weighed=None, measured=None)},
+            groups={wish.upstream: replace(group, compared=None, weighed={}, measured=None)},
             changes={each.id: each for each in change.running(state) if each.upstream == wish.upstream},
             plane=Plane("plan", state.revision, ""),
             stored={},

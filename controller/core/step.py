@@ -232,4 +232,5 @@ def _shift_step(step: Step, by: float) -> Step:
         step,
         started=None if step.started is None else step.started + by,
         ended=None if step.ended is None else step.ended + by,
+        quiet=None if step.quiet is None else step.quiet + by,
     )

@@ -17,7 +17,8 @@ SLOW = replace(POLICY, warm_up=RAMP)
 FINE = Traffic(requests=100, answered=100, errors=1, seconds=5.0)
 ERRS = Traffic(requests=100, answered=90, errors=5, failures=10, seconds=4.5)
 LATE = Traffic(requests=100, answered=100, errors=1, seconds=50.0)
-FEW = Traffic(requests=5, answered=5, errors=5, seconds=5.0)
+SOME = Traffic(requests=12, answered=12, errors=12, seconds=0.6)
+FEW = Traffic(requests=3, answered=3, errors=3, seconds=0.15)
 
 
 @dataclass
@@ -159,6 +160,25 @@ def test_a_ramp_goes_on_when_nobody_could_judge_it_for_the_time_of_a_step_back()
     assert edge.said()[-1] == f"app: {C} goes on to warm up: too few answers to judge it"
 
 
+def test_windows_with_few_answers_are_judged_together() -> None:
+    edge = Edge().begin().window(SOME)
+    assert edge.phase() is Warmth.RUNNING
+    edge.window(SOME)
+    assert edge.phase() is Warmth.HELD
+    assert edge.said() == [f"app: {C} holds at 52 % of its weight: error rate 100.0 % against 1.0 % of its warm peers"]
+    edge.window(replace(SOME, errors=0)).window(replace(SOME, errors=0))
+    assert edge.phase() is Warmth.RUNNING
+
+
+def test_answers_of_long_ago_judge_nobody() -> None:
+    edge = Edge().begin(elapsed=10.0).window(FEW, times=6)
+    assert edge.phase() is Warmth.RUNNING
+    edge.window(replace(FEW, errors=0), times=5)
+    assert edge.phase() is Warmth.RUNNING
+    edge.window(replace(FEW, errors=0, requests=5, answered=5))
+    assert edge.phase() is Warmth.RUNNING, "20 answers since, and all are well"
+
+
 def test_a_ramp_goes_on_when_nginx_tells_nothing_any_more() -> None:
     edge = Edge().begin().window(ERRS)
     edge.world.pass_time(29.0)
@@ -186,11 +206,11 @@ def test_within_a_window_nothing_changes() -> None:
 def test_readings_are_kept_only_while_somebody_warms_up() -> None:
     world = World().configure().probe(A, times=2)
     world.take(TrafficSeen("app", "boot", {A: FINE}))
-    assert world.state.groups["app"].weighed is None
+    assert not world.state.groups["app"].weighed
     edge = Edge().begin().window(FINE)
-    assert edge.world.state.groups["app"].weighed is not None
+    assert edge.world.state.groups["app"].weighed.keys() == {C}
     edge.world.pass_time(100)
-    assert edge.read().world.state.groups["app"].weighed is None
+    assert not edge.read().world.state.groups["app"].weighed
 
 
 def test_counters_of_another_nginx_judge_nobody() -> None:
