@@ -23,6 +23,9 @@ local METHODS = {
   ewma = { primary = ewma, backup = round_robin },
 }
 
+-- For a request whose key is empty. A hash's state is round robin's with places for keys added.
+local UNKEYED = { primary = round_robin, backup = round_robin }
+
 local _M = {}
 
 -- A generator of our own: seeding math.random would disturb the user's Lua code.
@@ -96,7 +99,7 @@ function _M.new(name, description, previous)
   }
   local sessions = {}
   if description.method == "hash" then
-    upstream.subject = key_template.compile(description.key)
+    upstream.key, upstream.subject = description.key, key_template.compile(description.key)
   elseif description.method == "ip_hash" then
     upstream.subject = key_template.compile("$binary_remote_addr")
   end
@@ -178,9 +181,25 @@ local function load_of(server)
   return stats.load(server.cell)
 end
 
+local noted = {} -- upstream -> the key that was said to be empty
+
+-- Not for each table nor each request: clients without a cookie may be half of them.
+local function note_empty_key(upstream)
+  if noted[upstream.name] ~= upstream.key then
+    noted[upstream.name] = upstream.key
+    ngx.log(ngx.WARN, "headgate: upstream ", upstream.name, ': the key "', upstream.key, '" of a request is empty; ',
+      "such requests go by round robin, and a variable that nginx does not know is always empty")
+  end
+end
+
 local function choose_among(upstream, methods)
   if methods then
     local subject = upstream.subject and upstream.subject()
+    if subject == "" then
+      -- One key for all of them would give them all to one server. HAProxy does the same with an absent parameter.
+      note_empty_key(upstream)
+      methods = UNKEYED
+    end
     return methods.primary.pick_except(upstream.primary, is_refused, load_of, subject, excluded)
       or methods.backup.pick_except(upstream.backup, is_refused, load_of, nil, excluded)
   end

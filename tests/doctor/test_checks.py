@@ -60,6 +60,10 @@ def process(**table: Any) -> dict[str, Any]:
     return {"upstream": {"app": {"process": {"unit": "app.service", **table}}}}
 
 
+def hashing(key: str) -> dict[str, Any]:
+    return {"upstream": {"app": {"balance": {"method": "hash", "key": key}}}}
+
+
 def unit(**properties: str) -> dict[str, Any]:
     return {"units": {"app.service": properties}}
 
@@ -218,6 +222,21 @@ CASES = [
     ),
     Case("hash-remaps", upstream(f"ip_hash; {TWO}"), upstream(f"hash $uri consistent; {TWO}"), f"{CONF}:3", HINT),
     Case("hash-remaps", reloading(upstream(f"hash $uri; {TWO}")), upstream(TWO), f"{CONF}:3"),
+    *(
+        Case("hash-key", managed(more=more, toml=hashing(bad)), managed(more=more, toml=hashing(good)), evidence)
+        for bad, good, evidence, more in (
+            ("$nosuchvariable", "$cookie_session", "headgate.toml: upstream.app.balance.key", ""),
+            ("$host${nosuch}", "${Host}-$1-$arg_x", "upstream.app.balance.key", ""),
+            ("$tenat", "$tenant", "upstream.app.balance.key", "map $host $tenant { default a; }"),
+            ("$usr", "$user", "upstream.app.balance.key", "server { location ~ ^/(?<user>[^/]+)/ { } }"),
+        )
+    ),
+    Case(
+        "hash-key",
+        managed(toml={"defaults": {"balance": {"method": "hash", "key": "$nosuch"}}}),
+        managed(toml=hashing("$uri")),
+        "headgate.toml: defaults.balance.key",
+    ),
     Case("burst", upstream(f"least_conn; {TWO}"), upstream(f"random; {TWO}"), f"{CONF}:3"),
     Case("burst", upstream(f"random two least_conn; {TWO}"), upstream(TWO), f"{CONF}:3"),
     Case("lone-warm-up", managed(f"server 127.0.0.1:1; {HOOK}"), managed(), f"{CONF}:3"),

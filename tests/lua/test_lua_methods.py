@@ -132,8 +132,39 @@ async def test_a_drain_moves_only_the_keys_of_the_drained_server(name: str) -> N
     assert {old for old, _ in moved} == {drained}
 
 
+@pytest.mark.parametrize("way", [{}, {"consistent": True}, {"consistent": True, "bound": 1.25}], ids=str)
+async def test_requests_without_a_key_go_by_round_robin_and_are_noted_once(way: dict[str, Any]) -> None:
+    async with edge(3, workers=1) as app:
+        entries = [server(b.port) for b in app.backends]
+        await app.publish(entries, method="hash", key="$nosuchvariable", **way)
+        assert set((await app.shares(60)).values()) == {20}
+        await app.publish([entries[0] | {"state": "drain"}, *entries[1:]], method="hash", key="$nosuchvariable", **way)
+        assert sorted((await app.shares(30)).values()) == [15, 15]
+        noted = [line for line in app.nginx.errors() if "upstream app" in line]
+        assert len(noted) == 1, "not again for each request, nor for each table"
+        assert 'the key "$nosuchvariable" of a request is empty' in noted[0]
+        await app.publish(entries, method="hash", key="$arg_key", **way)
+        assert len({(await app.get("/?key=one"))[1] for _ in range(9)}) == 1
+        assert len({(await app.get("/?key="))[1] for _ in range(9)}) == 3
+        assert len([line for line in app.nginx.errors() if 'the key "$arg_key"' in line]) == 1
+
+
+async def test_a_request_without_a_key_is_tried_once_at_each_server() -> None:
+    async with edge(3, workers=1) as app:
+        for backend in app.backends[:2]:
+            await backend.stop()
+        await app.publish([server(b.port) for b in app.backends], method="hash", key="$arg_key", consistent=True)
+        assert set(await app.shares(12)) == {app.backends[2].port}
+
+
 BY_LOAD = [{"method": "least_conn"}, {"method": "random", "two": True}]
-ALL = [*BY_LOAD, {"method": "random"}, *(method for _, method in METHODS.values())]
+ALL = [
+    *BY_LOAD,
+    {"method": "random"},
+    {"method": "ip_hash"},
+    {"method": "hash", "key": "$request_id"},
+    {"method": "hash", "key": "$request_id", "consistent": True},
+]
 
 
 async def held(app: Edge, count: int) -> list[asyncio.Task[tuple[int, str]]]:

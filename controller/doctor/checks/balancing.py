@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from controller.conf import variables
 from controller.conf.parse import UpstreamBlock
 from controller.conf.tree import Node
 from controller.doctor.model import Facts, Found, Severity, check, is_address
@@ -39,6 +40,21 @@ def hash_remaps(facts: Facts) -> Iterator[Found]:
                     f"write `hash {' '.join(method.args) or '$remote_addr'} consistent;`, and "
                     "mark a server `down` instead of removing it",
                     Severity.WARNING if facts.reloads else Severity.HINT,
+                )
+
+
+@check("hash-key", Severity.WARNING)
+def hash_key(facts: Facts) -> Iterator[Found]:
+    """headgate.toml hashes a variable that nginx does not know: it is always empty, so it places no request."""
+    for block, *_ in facts.hooks():
+        own = facts.settings.upstream.get(block.name)
+        for name in variables.names(facts.settings.policy_for(block.name).balance.key):
+            if not variables.known(name, facts.conf):
+                yield Found(
+                    block.name,
+                    facts.setting(f"{f'upstream.{block.name}' if own else 'defaults'}.balance.key"),
+                    f"${name} is no variable of nginx's own, and nginx.conf neither defines nor uses it: it is empty",
+                    "correct its name, or define it in nginx.conf, with `map` or `set`",
                 )
 
 
