@@ -37,6 +37,8 @@ _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other se
 _Queue = Annotated[bool, typer.Option("--queue", help="Wait for the end of a change that is in the way.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
 
+_ONE = ("stop", "start", "restart")  # of a single server, without batches
+
 _OF_SERVERS = {
     "reload": "Drain each server, have its gunicorn master make new workers (HUP), and bring it back.",
     "upgrade": "Drain each server, put a new gunicorn master beside the old one (USR2), then end the old one.",
@@ -103,12 +105,12 @@ def rollout(
     plan: Annotated[bool, typer.Option("--plan", help="Only show what it would do; begins nothing.")] = False,
 ) -> None:
     """Restart all servers of an upstream, batch after batch; stops at the first that fails."""
-    foreseen = Client(load(context.obj).api.socket).plan(upstream, "rollout", (), batch, force=force, advise=plan)
     if plan:
-        view.console().print(view.plan(foreseen))
+        client = Client(load(context.obj).api.socket)
+        view.console().print(
+            view.plan(client.plan(upstream, "rollout", (), batch, max_unavailable=max_unavailable, force=force))
+        )
         return
-    for warning in view.warnings(foreseen):
-        view.console(sys.stderr).print(warning)
     _begin(context, "rollout", upstream, [], batch, max_unavailable, force=force, queue=queue, wait=wait)
 
 
@@ -184,20 +186,28 @@ def _begin(
     wait: bool,
 ) -> None:
     client = Client(load(context.obj).api.socket)
+    most = _number(max_unavailable) if max_unavailable else None
+    if kind not in _ONE:
+        foreseen = client.plan(
+            upstream,
+            kind,
+            tuple(servers),
+            batch,
+            max_unavailable=max_unavailable,
+            workers=workers,
+            force=force,
+            advise=False,
+        )
+        for warning in view.warnings(foreseen):
+            view.console(sys.stderr).print(warning)
     change = client.begin_change(
-        kind,
-        upstream,
-        tuple(servers),
-        _number(batch),
-        force,
-        max_unavailable=_number(max_unavailable) if max_unavailable else None,
-        workers=workers,
-        queue=queue,
+        kind, upstream, tuple(servers), _number(batch), force, max_unavailable=most, workers=workers, queue=queue
     )
     if wait:
         follow(client, change)
     else:
-        print(f"change {change}: {kind} of {upstream} begins; follow it with: headgate changes {change} --wait")
+        how = "is queued" if queue and client.change(change)["status"] == "queued" else "begins"
+        print(f"change {change}: {kind} of {upstream} {how}; follow it with: headgate changes {change} --wait")
 
 
 def _number(text: str) -> int | str:

@@ -15,6 +15,7 @@ from controller.errors import DaemonUnreachable
 from controller.settings import Settings, load
 
 Json = dict[str, Any]
+Kind = Literal["rollout", "restart", "stop", "reload", "upgrade", "deploy", "roll-back", "scale"]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +25,15 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     context: typer.Context,
-    kind: Annotated[Literal["rollout", "restart", "stop"], typer.Argument(show_default=False)],
+    kind: Annotated[Kind, typer.Argument(show_default=False)],
     upstream: Annotated[str, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)],
     servers: Annotated[list[str] | None, typer.Argument(metavar="[SERVER]...", help="These; all, without.")] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")] = "1",
+    max_unavailable: Annotated[
+        str | None,
+        typer.Option("--max-unavailable", metavar="N|N%", help="How many may be away at once.", show_default=False),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="What a scale is to reach.", show_default=False)] = 0,
     capacity: Annotated[
         float | None,
         typer.Option(
@@ -38,23 +44,26 @@ def plan(
 ) -> None:
     """Show what an operation would do to the capacity, and which batch is safe; begins nothing. Needs no daemon."""
     settings = load(context.obj)
+    names = tuple(servers or ())
     try:
-        foreseen = Client(settings.api.socket).plan(upstream, kind, tuple(servers or ()), batch, capacity)
+        foreseen = Client(settings.api.socket).plan(
+            upstream, kind, names, batch, capacity, max_unavailable=max_unavailable, workers=workers
+        )
     except DaemonUnreachable:
         print("no daemon runs: planned for servers that are all up and warm, without their traffic", file=sys.stderr)
-        foreseen = asyncio.run(_without_daemon(settings, upstream, kind, tuple(servers or ()), batch, capacity))
+        foreseen = asyncio.run(
+            _without_daemon(settings, upstream, kind, names, batch, capacity, max_unavailable, workers)
+        )
     if as_json:
         print(json.dumps(foreseen, indent=2))
     else:
         view.console().print(view.plan(foreseen))
 
 
-async def _without_daemon(
-    settings: Settings, upstream: str, kind: str, servers: tuple[str, ...], batch: str, capacity: float | None
-) -> Json:
+async def _without_daemon(settings: Settings, upstream: str, *wish: Any) -> Json:
     from controller.adapters.nginx.files import NginxFiles
     from controller.api.plan import planned_from
 
     # An upstream can be planned for before it is adopted.
     config = await NginxFiles(settings.nginx.conf, settings.policy_for, managed=lambda block: True).read()
-    return planned_from(config, settings.check_for(upstream), upstream, kind, servers, batch, capacity)
+    return planned_from(config, settings.check_for(upstream), upstream, *wish)

@@ -143,12 +143,14 @@ class Client:
         batch: int | str = 1,
         capacity: float | None = None,
         *,
+        max_unavailable: int | str | None = None,
+        workers: int = 0,
         force: bool = False,
         advise: bool = True,
     ) -> Json:
         """What an operation would do; nothing is begun. A large upstream takes a while."""
         query = {"kind": kind, "servers": list(servers), "batch": str(batch), "capacity": capacity}
-        query |= {"force": force, "advise": advise}
+        query |= {"max_unavailable": max_unavailable, "workers": workers, "force": force, "advise": advise}
         path = f"/v1/upstreams/{quote(upstream, safe='')}/plan"
         return self._call("GET", path, query, timeout=_TIMEOUT + _PLANNING)
 

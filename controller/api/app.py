@@ -27,7 +27,6 @@ from controller.core.change import group_of, resolve
 from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, SteerWished, WarmUpWished
 from controller.core.model import Admin, ChangeKind, Refused, Steer
 from controller.core.notice import named
-from controller.core.plan import refuse_overload
 from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 
 PUBLISH_SECONDS = 5.0
@@ -209,8 +208,6 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
         event = wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers))
-        if wish.kind is ChangeKind.ROLLOUT:
-            refuse_overload(runtime.state, event, runtime.clock.now())
         outcome = await runtime.wish(event)
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)

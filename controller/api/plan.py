@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query
@@ -102,12 +101,16 @@ def add_plan(app: FastAPI, runtime: Runtime) -> None:
             float | None, Query(gt=0, allow_inf_nan=False, description="Requests/s that a server of weight 1 can take.")
         ] = None,
         force: bool = False,
+        max_unavailable: Annotated[
+            str | None, Query(max_length=20, description="How many may be away at once, or N%.")
+        ] = None,
+        workers: Annotated[int, Query(ge=0, le=10_000, description="What a scale is to reach.")] = 0,
         advise: Annotated[bool, Query(description="Look for the batch to recommend, too.")] = True,
     ) -> PlanView:
         """What this operation would do to the capacity, and the batch that is safe; nothing is begun."""
         state, now = runtime.state, runtime.clock.now()
         group = group_of(state, upstream)
-        wish = _wish(group, kind, tuple(servers), batch, force)
+        wish = _wish(group, kind, tuple(servers), batch, max_unavailable, workers, force)
         observed, in_flight = observe(group, runtime.counters, now)
         seconds = {**_usual(runtime.check_for(upstream), group), **observed.seconds}
         seconds |= await _learned(runtime, upstream)
@@ -154,7 +157,7 @@ def foresee(
         batches=[BatchView.model_validate(each, from_attributes=True) for each in foreseen.batches],
         samples=[SampleView.model_validate(each, from_attributes=True) for each in _thinned(samples)],
         surge=plan.surge(foreseen),
-        warnings=list(plan.warnings(foreseen, policy, observed)),
+        warnings=[*plan.awaited(state, wish), *plan.warnings(foreseen, policy, observed)],
         advice=advice,
         error=foreseen.error,
     )
@@ -168,6 +171,8 @@ def planned_from(
     servers: tuple[str, ...],
     batch: str,
     capacity: float | None,
+    max_unavailable: str | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """The same answer without a daemon, for servers that are all up and warm; ApiError as the API would have it."""
     state, _ = step(State(), ConfigRead(config.upstreams), 0.0)
@@ -176,7 +181,7 @@ def planned_from(
         for server in group.upstream.servers:
             for _ in range(group.upstream.policy.health.rise):
                 state, _ = step(state, ProbeResult(upstream, server.key, True, "ok"), 0.0)
-        wish = _wish(group, ChangeKind(kind), servers, batch)
+        wish = _wish(group, ChangeKind(kind), servers, batch, max_unavailable, workers)
         observed = plan.Observed(None, capacity, _usual(check, group))
         return foresee(state, wish, observed, 0.0).model_dump(mode="json")
     except Refused as refusal:
@@ -184,15 +189,36 @@ def planned_from(
         raise ApiError(status, refusal.code, refusal.message, refusal.remedy) from refusal
 
 
-def _wish(group: Group, kind: ChangeKind, servers: tuple[str, ...], batch: str, force: bool = False) -> ChangeWished:
-    name = group.upstream.name
+def _wish(
+    group: Group,
+    kind: ChangeKind,
+    servers: tuple[str, ...],
+    batch: str,
+    max_unavailable: str | None,
+    workers: int,
+    force: bool = False,
+) -> ChangeWished:
     try:
-        wanted = wire.ChangeWish(kind=kind, upstream=name, batch=int(batch) if batch.isdecimal() else batch)
+        wanted = wire.ChangeWish(
+            kind=kind,
+            upstream=group.upstream.name,
+            servers=list(servers),
+            batch=_number(batch),
+            force=force,
+            max_unavailable=None if max_unavailable is None else _number(max_unavailable),
+            workers=workers,
+        )
     except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        value = {"batch": batch, "max_unavailable": max_unavailable}.get(str(name))
         raise Refused(
-            "invalid", f"batch {batch!r} is no number of servers", "write 1 or more, or 1% to 100%"
+            "invalid", f"{name} {value!r} is no number of servers", "write 1 or more, or 1% to 100%"
         ) from error
-    return replace(wanted.event(len(group.upstream.servers)), servers=servers, forced=force)
+    return wanted.event(len(group.upstream.servers))
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _usual(check: Check, group: Group) -> dict[StepName, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.core import peers, table, traffic
+from controller.core import guards, peers, table, traffic
 from controller.core.events import (
     ChangeWished,
     Effect,
@@ -66,19 +66,17 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     Without servers it takes every server that is ready, in the order of nginx.conf; a roll back goes the other way.
     """
     group = group_of(state, wish.upstream)
+    freed = state if wish.kind is ChangeKind.DRAIN else guards.freed(state, wish.upstream)
     keys = resolve(group, wish.servers)
     if not keys:
-        keys = tuple(s.key for s in group.upstream.servers if not s.down and group.peers[s.key].admin is Admin.READY)
+        ready = freed.groups[wish.upstream].peers
+        keys = tuple(s.key for s in group.upstream.servers if not s.down and ready[s.key].admin is Admin.READY)
         if not keys:
             raise Refused("invalid", f"{wish.upstream} has no server that is ready", "name the servers, or enable one")
         if wish.kind is ChangeKind.ROLL_BACK:
             keys = keys[::-1]
     _refuse_unknown(wish, group.upstream.policy)
-    returning = StepName.UP in STEPS[wish.kind]
-    size = max(1, wish.batch) if returning else len(keys)
-    if StepName.DRAIN in STEPS[wish.kind] and not wish.forced:
-        for at in range(0, len(keys), size):
-            refuse_emptying(group, keys[at : at + size])
+    size = max(1, wish.batch) if StepName.UP in STEPS[wish.kind] else len(keys)
     names = steps_of(wish.kind, group.upstream.policy)
     steps = tuple(Step(name, key, at // size) for at, key in enumerate(keys) for name in names)
     change = Change(
@@ -102,6 +100,7 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
             raise
         change = replace(change, status=ChangeStatus.QUEUED)
         effects.append(note(change, "change", f"{what} is queued: {refused.message}"))
+    guards.refuse(freed, change)
     state = _kept(put(replace(state, next_change=change.id + 1), change))
     state, more = progress(state, now)
     return state, Outcome((*effects, *more), change.id)
@@ -183,16 +182,6 @@ def resolve(group: Group, names: Sequence[str]) -> tuple[str, ...]:
             raise Refused("not_found", f"{group.upstream.name} has no server {name!r}", f"its servers: {known}")
         keys.update(dict.fromkeys(found))
     return tuple(keys)
-
-
-def refuse_emptying(group: Group, keys: Sequence[str], otherwise: str = "insist with --force") -> None:
-    """Refused when taking these servers away leaves no server that serves, and one does now."""
-    if table.serving(group) and not table.serving(group, without=keys):
-        raise Refused(
-            "guard",
-            f"{', '.join(keys)}: no other server of {group.upstream.name} serves",
-            f"bring another one up first, or {otherwise}",
-        )
 
 
 def claim(state: State, upstream: str, keys: Sequence[str], processes: bool, now: float) -> tuple[State, list[Effect]]:
@@ -314,6 +303,11 @@ def _next_in_queue(state: State, now: float) -> tuple[State, int, list[Effect]]:
             state, effects = claim(state, change.upstream, servers, change.kind is not ChangeKind.DRAIN, now)
         except Refused:
             continue
+        try:
+            guards.refuse(state, change)
+        except Refused as refused:
+            state, more = _end(state, replace(change, error=f"{refused.message} ({refused.remedy})"), now)
+            return state, number, effects + more
         state, change = _measured(state, replace(change, status=ChangeStatus.RUNNING))
         state = put(state, change)
         effects.append(note(change, "change", f"change {number}: {change.kind} of {change.upstream} begins"))
@@ -391,7 +385,7 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
             return _wait(state, change, at, waits, now), []
         if not change.forced:
             try:
-                refuse_emptying(group, [step.server])
+                guards.refuse_emptying(group, [step.server])
             except Refused as refused:
                 return fail(state, change, at, f"{refused.message} ({refused.remedy})", now), []
         step = replace(step, admin=group.peers[step.server].admin)
@@ -413,14 +407,17 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
 
 
 def _waits(change: Change, group: Group, server: str) -> str | None:
-    """Why this server cannot be taken away yet, as `max_unavailable` has it."""
+    """Why this server cannot be taken away yet, as `max_unavailable` has it. Whom this change took away is there again
+    when it is warm: else the load of the next ones would go to cold servers."""
     if not change.max_unavailable:
         return None
-    serving = set(table.serving(group)) - {server}
-    out = sum(not each.down and each.key not in serving for each in group.upstream.servers)
-    if out <= change.max_unavailable:
+    unfinished = {step.server for step in change.steps if step.state not in ENDED}
+    taken = {step.server for step in change.steps if step.name is StepName.DRAIN and step.started is not None}
+    there = set(table.serving(group)) - (taken & unfinished)
+    away = sum(not each.down and each.key not in there for each in group.upstream.servers if each.key != server)
+    if away < change.max_unavailable:
         return None
-    return f"waits: {out - 1} others do not serve, and at most {change.max_unavailable} may be away"
+    return f"waits: {away} others do not serve, or are not warm yet; at most {change.max_unavailable} may be away"
 
 
 def _wait(state: State, change: Change, at: int, why: str, now: float) -> State:

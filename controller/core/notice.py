@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, cold, ejection, health, table
+from controller.core import change, cold, ejection, guards, health, table
 from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
 from controller.core.model import Admin, Health, Quarantine, Refused, Server, State
 
@@ -47,7 +47,7 @@ def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Out
     keys = change.resolve(group, (event.server,))
     if event.id and all(event.id in group.peers[key].heard for key in keys):
         return state, Outcome(replayed=True)
-    change.refuse_emptying(group, keys, "take it away with `headgate drain --force`")
+    guards.refuse_emptying(group, keys, "take it away with `headgate drain --force`")
     seconds = group.upstream.policy.quarantine.duration if event.seconds is None else event.seconds
     why = event.why or "it says that it goes offline"
     effects: list[Effect] = []

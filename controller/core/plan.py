@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from controller.core import change, table, warmup
+from controller.core import change, guards, table, warmup
 from controller.core.events import (
     ChangeWished,
     Event,
@@ -33,7 +33,6 @@ from controller.core.model import (
     Peer,
     Plane,
     Refused,
-    Server,
     State,
     Step,
     StepName,
@@ -51,7 +50,7 @@ _RECKONED = frozenset({StepName.DRAIN, StepName.SESSIONS, StepName.SETTLE, StepN
 _NEWEST = 2**62  # a reading of whatever table
 _LONGEST = 30 * 86400.0  # virtual seconds after which an operation counts as one that never ends
 _MOST = 100_000  # samples after which it does, too
-_TOLERANCE = 1e-6
+_TOLERANCE = guards.TOLERANCE
 _SIMULATED = 8  # batches at most,
 _SERVERS = 64  # and about so many servers; the heaviest batches are among them
 
@@ -159,6 +158,7 @@ class Advice:
 
 def simulate(state: State, wish: ChangeWished, observed: Observed, now: float) -> Plan:
     """What this wish would do if it were granted `now`; Refused as the wish itself."""
+    state = _open(state, wish)
     weights, batches = _batches(state, wish, now)
     most = max(1, min(_SIMULATED, _SERVERS // len(batches[0])))
     if len(batches) <= most:
@@ -175,7 +175,7 @@ def advise(state: State, wish: ChangeWished, observed: Observed, now: float) -> 
     policy = change.group_of(state, wish.upstream).upstream.policy
     limit = policy.rollout.max_load or 2.0
     best = simulate(state, replace(wish, batch=1), observed, now)
-    low, high = 1, max(1, best.count - 1)
+    low, high = 1, best.count
     if not _fits(best, limit, observed):
         return Advice(best, safe=False)
     while low < high:
@@ -190,32 +190,6 @@ def advise(state: State, wish: ChangeWished, observed: Observed, now: float) -> 
         else:
             high = middle - 1
     return Advice(best, safe=True)
-
-
-def refuse_overload(state: State, wish: ChangeWished, now: float) -> None:
-    """Refused when this wish would give a server more than `rollout.max_load` times its usual share.
-
-    Reckoned, not simulated, so that it costs nothing: while a batch is away, those that serve now share its load by
-    their weights. A simulation finds the same.
-    """
-    group = change.group_of(state, wish.upstream)
-    limit = group.upstream.policy.rollout.max_load
-    if wish.forced or not limit:
-        return
-    _, batches = _batches(state, wish, now)
-    serving, usual = table.serving(group), _usual(group)
-    primaries = {s.key for s in group.upstream.servers if not s.backup}
-    for batch in batches:
-        rest = set(serving) - set(batch)
-        carries = sum(usual[key] for key in (rest & primaries) or rest)
-        if carries and 1 / carries > limit + _TOLERANCE:
-            raise Refused(
-                "guard",
-                f"without {', '.join(batch)} each other server of {wish.upstream} gets {1 / carries:.2f} times its "
-                f"usual share, and max_load is {limit:g}",
-                f"take a smaller batch (`headgate plan rollout {wish.upstream}` recommends one), raise max_load in "
-                f"[upstream.{wish.upstream}.rollout], or insist with --force",
-            )
 
 
 def surge(plan: Plan) -> str:
@@ -242,7 +216,7 @@ def warnings(plan: Plan, policy: Policy, observed: Observed) -> tuple[str, ...]:
     if limit and plan.load > limit + _TOLERANCE:
         said.append(
             f"{plan.server} gets {plan.load:.2f} times its usual share; max_load allows {limit:g} times, "
-            "and a rollout is refused beyond it"
+            "and what goes in batches is refused beyond it"
         )
     if observed.rate and observed.capacity and (used := _used(plan, observed)) > 1 + _TOLERANCE:
         said.append(
@@ -265,15 +239,33 @@ def learned(steps: Iterable[tuple[str, float]]) -> dict[StepName, float]:
     return {name: statistics.median(each) for name, each in taken.items()}
 
 
+def awaited(state: State, wish: ChangeWished) -> tuple[str, ...]:
+    """What a plan of this wish supposes to have ended, in sentences."""
+    if wish.kind is ChangeKind.DRAIN:
+        return ()
+    return tuple(
+        f"change {each.id} ({each.kind}) of {each.upstream} comes first: this is planned for when it has ended well"
+        for each in guards.ahead(state, wish.upstream)
+    )
+
+
+def _open(state: State, wish: ChangeWished) -> State:
+    """The state in which a wish is tried: nothing is in its way, and no limit of load refuses it."""
+    if wish.kind is not ChangeKind.DRAIN:
+        state = guards.freed(state, wish.upstream)
+    group = change.group_of(state, wish.upstream)
+    policy = group.upstream.policy
+    unlimited = replace(policy, rollout=replace(policy.rollout, max_load=0.0))
+    group = replace(group, upstream=replace(group.upstream, policy=unlimited))
+    return replace(state, groups={**state.groups, wish.upstream: group})
+
+
 def _batches(state: State, wish: ChangeWished, now: float) -> tuple[dict[str, int], list[tuple[str, ...]]]:
     """The weights of all servers, and which of them go at once, in order; Refused as the wish itself."""
     begun, outcome = change.begin(state, wish, now)
     assert outcome.change is not None, "a granted change has an id"
-    batches: dict[int, dict[str, None]] = {}
-    for each in begun.changes[outcome.change].steps:
-        batches.setdefault(each.batch, {})[each.server] = None
     servers = begun.groups[wish.upstream].upstream.servers
-    return {s.key: s.weight for s in servers}, [tuple(batch) for batch in batches.values()]
+    return {s.key: s.weight for s in servers}, guards.batches(begun.changes[outcome.change])
 
 
 def _used(plan: Plan, observed: Observed) -> float:
@@ -312,7 +304,7 @@ class _World:
         self._due: list[tuple[float, int, Event]] = []
         self._order = itertools.count()
         self._asked: set[tuple[int, int]] = set()  # steps and warm-ups that have their answer on the way
-        self._usual = _usual(group)
+        self._usual = guards.usual(group)
         self._samples: list[Sample] = []
         self._loads: dict[str, float] = {}
 
@@ -464,10 +456,3 @@ class _World:
             least = min(s.capacity for s in within)
             found.append(Batch(servers, begins, ends, least, worst.load, worst.server))
         return tuple(found)
-
-
-def _usual(group: Group) -> dict[str, float]:
-    """The part of the requests that each server gets when all primaries serve; of a backup, a primary of its weight."""
-    primaries: list[Server] = [s for s in group.upstream.servers if not s.backup and not s.down]
-    total = sum(s.weight for s in primaries or group.upstream.servers)
-    return {s.key: s.weight / total for s in group.upstream.servers}

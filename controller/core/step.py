@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import budget, change, cold, edge, ejection, hold, notice, outlier, panic, peers, table
+from controller.core import (
+    budget,
+    change,
+    cold,
+    edge,
+    ejection,
+    guards,
+    hold,
+    notice,
+    outlier,
+    panic,
+    peers,
+    table,
+)
 from controller.core.events import (
     AdminWished,
     AgentSaid,
@@ -137,7 +150,7 @@ def _admin_wished(state: State, event: AdminWished, now: float) -> tuple[State, 
     keys = change.resolve(group, (event.server,))
     state, effects = change.claim(state, event.upstream, keys, False, now)
     if event.admin is not Admin.READY and not event.forced:
-        change.refuse_emptying(group, keys)
+        guards.refuse_emptying(group, keys)
     for key in keys:
         if state.groups[event.upstream].peers[key].admin is not event.admin:
             state = peers.set_admin(state, event.upstream, key, event.admin, now)

@@ -17,7 +17,10 @@ from controller.errors import ApiError
 from tests.support.house import APP, POLICY, House
 
 FIRST, SECOND, THIRD = (server.key for server in APP.servers)
-WARM = replace(APP, policy=replace(POLICY, warm_up=WarmUpPolicy(duration=60.0), rollout=RolloutPolicy(max_load=2.0)))
+WARM = replace(
+    APP,
+    policy=replace(POLICY, warm_up=WarmUpPolicy(duration=60.0, starts="healthy"), rollout=RolloutPolicy(max_load=2.0)),
+)
 
 
 @pytest.fixture
@@ -70,6 +73,9 @@ def test_how_long_steps_took_is_learned_from_earlier_operations(client: Client) 
         ({"upstream": "app", "batch": "150%"}, 422, "invalid"),
         ({"upstream": "app", "batch": "x"}, 422, "invalid"),
         ({"upstream": "app", "capacity": -1}, 422, "invalid"),
+        ({"upstream": "app", "max_unavailable": "0"}, 422, "invalid"),
+        ({"upstream": "app", "kind": "deploy"}, 422, "invalid"),
+        ({"upstream": "app", "kind": "scale"}, 422, "invalid"),
         ({"upstream": "app", "kind": "nothing"}, 422, "invalid"),
         ({"upstream": "app", "batch": 3}, 409, "guard"),
     ],
@@ -89,6 +95,37 @@ def test_a_rollout_beyond_max_load_warns_and_is_refused_unless_forced(house: Hou
     done = headgate(house.directory, "rollout", "app", "--batch", "2", "--force", "--no-wait")
     assert done.returncode == 0, done.stderr
     assert [change["kind"] for change in client.changes()] == ["rollout"]
+
+
+def test_what_goes_in_batches_can_be_planned_and_warns_before_it_begins(house: House, client: Client) -> None:
+    for kind, more in (("reload", ()), ("upgrade", ()), ("scale", ("--workers", "2"))):
+        done = headgate(house.directory, "plan", kind, "app", "--batch", "3", "--max-unavailable", "1", *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{kind} of app: 1 batch of 3, about ")
+        assert "gets up to 1.50 times its usual share" in done.stdout
+        done = headgate(house.directory, kind, "app", "--batch", "2", *more)
+        assert done.returncode == 4
+        assert "mind: " in done.stderr
+        assert "3.00 times its usual share, and max_load is 2" in done.stderr
+    assert client.changes() == []
+
+
+def test_while_a_change_runs_another_can_be_planned_and_queued(house: House, client: Client) -> None:
+    house.do(house.processes.stuck.clear)
+    first = client.begin_change("restart", "app", (FIRST,))
+    done = headgate(house.directory, "plan", "rollout", "app")
+    assert done.returncode == 0, done.stderr
+    assert f"mind: change {first} (restart) of app comes first" in done.stdout
+    done = headgate(house.directory, "rollout", "app", "--no-wait")
+    assert (done.returncode, f"change {first} (restart) of app is still running" in done.stderr) == (4, True)
+    done = headgate(house.directory, "rollout", "app", "--queue", "--no-wait")
+    assert done.returncode == 0, done.stderr
+    queued = client.changes()[0]
+    assert done.stdout.startswith(f"change {queued['id']}: rollout of app is queued; follow it with: ")
+    assert queued["status"] == "queued"
+    assert {step["server"] for step in client.change(queued["id"])["steps"]} == {FIRST, SECOND, THIRD}
+    client.steer(queued["id"], "abort")
+    house.do(house.processes.stuck.set)
 
 
 def test_the_command_shows_a_plan_for_people_and_as_json(house: House, client: Client) -> None:

@@ -13,7 +13,7 @@ from tests.core.test_hold import ERRS, FEW, FINE, SLOW, Edge
 from tests.core.world import POLICY, A, B, C, World, upstream
 
 WHY = "nginx ejected it after 5 answers with status 5xx in a row"
-PROVING = replace(POLICY, warm_up=WarmUpPolicy(duration=0.0), rollout=RolloutPolicy(ready_time=30.0))
+PROVING = replace(POLICY, warm_up=WarmUpPolicy(duration=0.0), rollout=RolloutPolicy(ready_time=30.0, max_load=0.0))
 
 
 @dataclass

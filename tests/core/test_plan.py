@@ -12,14 +12,21 @@ from controller.core import plan
 from controller.core.events import ChangeWished, ConfigRead, ProbeResult
 from controller.core.model import Admin, ChangeKind, Refused, State, StepName, Upstream
 from controller.core.plan import Observed
-from controller.core.policy import DrainPolicy, Policy, RolloutPolicy, WarmUpPolicy
+from controller.core.policy import DrainPolicy, Policy, ProcessPolicy, RolloutPolicy, WarmUpPolicy
 from controller.core.step import step
-from tests.core.world import POLICY, A, B, C, World, server, upstream
+from tests.core import world as plain
+from tests.core.world import A, B, C, World, server
+
+POLICY = replace(plain.POLICY, rollout=replace(plain.POLICY.rollout, max_load=2.0))
 
 # Each server: settle 3, exit 1, start 2, up 2, warm 10, ready 1.
 SECONDS = {StepName.EXIT: 1.0, StepName.START: 2.0, StepName.UP: 2.0}
 EACH = 19.0
 QUIET = Observed(seconds=SECONDS)
+
+
+def upstream(count: int = 3, policy: Policy = POLICY) -> Upstream:
+    return plain.upstream(count, policy=policy)
 
 
 def up(configured: Upstream) -> World:
@@ -84,7 +91,7 @@ def test_a_server_that_is_away_already_counts() -> None:
     assert [batch.servers for batch in made.batches] == [(A,), (B,)]
     assert made.load == pytest.approx(3.0)
     with pytest.raises(Refused, match=r"3\.00 times its usual share"):
-        plan.refuse_overload(world.state, rollout(), world.now)
+        world.take(rollout())
 
 
 def test_weights_count_and_backups_are_measured_by_a_primary() -> None:
@@ -113,11 +120,44 @@ def test_a_stop_leaves_the_others_with_more_for_good() -> None:
     assert made.samples[-1].capacity == pytest.approx(2 / 3)
 
 
-def test_a_change_that_runs_makes_the_plan_busy_as_it_would_the_wish() -> None:
+def test_while_a_change_runs_it_is_planned_for_when_that_has_ended_well() -> None:
     world = up(upstream())
-    world.wish(ChangeKind.RESTART, A)
-    with pytest.raises(Refused, match="still running"):
-        foreseen(world, rollout())
+    alone = foreseen(world, rollout())
+    number = world.wish(ChangeKind.RESTART, A)
+    world.answer()
+    assert world.serving() == (B, C)
+    made = foreseen(world, rollout())
+    assert [batch.servers for batch in made.batches] == [(A,), (B,), (C,)]
+    assert (made.duration, made.loads) == (pytest.approx(alone.duration), pytest.approx(alone.loads))
+    (said,) = plan.awaited(world.state, rollout())
+    assert said.startswith(f"change {number} (restart) of app comes first")
+    assert plan.advise(world.state, rollout(), QUIET, world.now).safe
+
+
+def test_after_a_stop_that_runs_its_server_is_not_planned_for() -> None:
+    world = up(upstream(4))
+    world.wish(ChangeKind.STOP, A)
+    assert [batch.servers for batch in foreseen(world, rollout()).batches] == [(B,), (C,), ("127.0.0.1:8004",)]
+
+
+def test_of_a_batch_no_more_are_away_at_once_than_max_unavailable() -> None:
+    world = up(upstream(4, policy=replace(POLICY, rollout=RolloutPolicy(ready_time=1.0, max_load=1.5))))
+    wish = replace(rollout(batch=4), max_unavailable=1)
+    made = foreseen(world, wish)
+    assert made.load == pytest.approx(4 / 3)
+    assert (made.error, made.outage()) == ("", 0)
+    assert plan.advise(world.state, wish, QUIET, world.now).plan.batch == 4
+    with pytest.raises(Refused, match=r"2\.00 times its usual share"):
+        world.take(replace(wish, max_unavailable=2))
+    with pytest.raises(Refused, match="no other server of app serves"):
+        world.take(replace(wish, max_unavailable=4))
+    number = world.take(wish).change
+    assert number is not None
+    least = 4
+    while world.change(number).status == "running":
+        world.live(0.5)
+        least = min(least, len(world.serving()))
+    assert (world.change(number).status, least) == ("done", 3)
 
 
 def test_of_many_batches_the_heaviest_are_simulated_and_the_duration_is_that_of_all() -> None:
@@ -162,14 +202,45 @@ def test_the_surge_is_told_in_words() -> None:
     assert plan.surge(made).startswith(f"the surge: {made.server} gets up to 1.50 times its usual share; for ")
 
 
-def test_the_guard_refuses_above_the_limit_unless_forced() -> None:
-    world = up(upstream())
-    plan.refuse_overload(world.state, rollout(), world.now)
-    plan.refuse_overload(world.state, rollout(batch=2, forced=True), world.now)
+BATCHED = [ChangeKind.ROLLOUT, ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind.DEPLOY, ChangeKind.ROLL_BACK]
+
+
+@pytest.mark.parametrize("kind", [*BATCHED, ChangeKind.SCALE, ChangeKind.RESTART])
+def test_the_guard_refuses_above_the_limit_unless_forced(kind: ChangeKind) -> None:
+    commands = replace(POLICY, process=ProcessPolicy(deploy=("new",), roll_back=("old",)))
+    wish = ChangeWished(kind, "app", batch=2, workers=1)
     with pytest.raises(Refused, match=r"3\.00 times its usual share, and max_load is 2") as caught:
-        plan.refuse_overload(world.state, rollout(batch=2), world.now)
+        up(upstream(policy=commands)).take(wish)
     assert caught.value.code == "guard"
     assert "headgate plan rollout app" in caught.value.remedy
+    for granted in (replace(wish, batch=1), replace(wish, forced=True)):
+        assert up(upstream(policy=commands)).take(granted).change == 1
+
+
+def test_whoever_names_one_server_is_stopped_only_where_no_other_serves() -> None:
+    for kind in (ChangeKind.RESTART, ChangeKind.STOP, ChangeKind.DRAIN):
+        world = up(upstream())
+        world.admin(C, Admin.MAINT)
+        assert world.take(ChangeWished(kind, "app", (A,))).change == 1
+
+
+def test_a_queued_change_is_judged_by_what_will_be_and_again_when_its_turn_has_come() -> None:
+    world = up(upstream())
+    first = world.wish(ChangeKind.RESTART, A)
+    world.answer()
+    with pytest.raises(Refused, match=r"3\.00 times its usual share"):
+        world.take(replace(rollout(batch=2), queue=True))
+    number = world.take(replace(rollout(), queue=True)).change
+    assert number is not None
+    assert world.change(number).status == "queued"
+    assert [s.server for s in world.change(number).steps if s.name is StepName.DRAIN] == [A, B, C]
+    world.admin(C, Admin.MAINT)
+    while world.change(first).status == "running":
+        world.live(0.5)
+    change = world.change(number)
+    assert (change.status, {s.state for s in change.steps}) == ("failed", {"skipped"})
+    assert "3.00 times its usual share, and max_load is 2 (take a smaller batch" in change.error
+    assert world.serving() == (A, B)
 
 
 def test_what_steps_took_is_learned_as_their_median() -> None:
@@ -224,4 +295,4 @@ def test_every_plan_ends_well_and_its_peak_is_what_the_guard_reckons(
     away = max(sum(weights[at : at + batch]) for at in range(0, len(weights), batch))
     assert made.load == pytest.approx(sum(weights) / (sum(weights) - away), rel=0.01)
     with pytest.raises(Refused, match="times its usual share"):
-        plan.refuse_overload(state, wish, 0.0)
+        step(state, wish, 0.0)

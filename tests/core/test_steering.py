@@ -229,7 +229,7 @@ def test_no_server_is_taken_away_while_more_than_max_unavailable_would_not_serve
     assert number is not None
     world.live(30)
     waiting = next(s for s in world.change(number).steps if s.name is StepName.DRAIN)
-    assert waiting.detail == "waits: 1 others do not serve, and at most 1 may be away"
+    assert waiting.detail == "waits: 1 others do not serve, or are not warm yet; at most 1 may be away"
     assert world.peer(A).admin is Admin.READY
     world.healthy = lambda key: True
     out = 0

@@ -28,7 +28,7 @@ POLICY = Policy(
     HealthPolicy(rise=2, fall=3),
     WarmUpPolicy(duration=10.0, curve=1.0, floor=0.1, starts="healthy"),
     DrainPolicy(timeout=30.0, on_timeout="abort", settle=3.0),
-    RolloutPolicy(ready_time=1.0, up_timeout=20.0),
+    RolloutPolicy(ready_time=1.0, up_timeout=20.0, max_load=0.0),
     ProcessPolicy(start=("app", "{port}")),
 )
 

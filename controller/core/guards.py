@@ -1,0 +1,107 @@
+"""What may not be taken away: the last server that serves, and more than the others are to carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from controller.core import table
+from controller.core.model import Admin, Change, ChangeKind, Group, Health, Refused, Server, State, StepName, WarmUp
+
+TOLERANCE = 1e-6
+"""By which a reckoned load may be above a limit."""
+
+
+def usual(group: Group) -> dict[str, float]:
+    """The part of the requests that each server gets when all primaries serve; of a backup, a primary of its weight."""
+    primaries: list[Server] = [s for s in group.upstream.servers if not s.backup and not s.down]
+    total = sum(s.weight for s in primaries or group.upstream.servers)
+    return {s.key: s.weight / total for s in group.upstream.servers}
+
+
+def batches(change: Change) -> list[tuple[str, ...]]:
+    """The servers that go at once, batch by batch."""
+    found: dict[int, dict[str, None]] = {}
+    for step in change.steps:
+        found.setdefault(step.batch, {})[step.server] = None
+    return [tuple(batch) for batch in found.values()]
+
+
+def refuse(state: State, change: Change) -> None:
+    """Refused when this change would leave no server that serves, or one with too much.
+
+    Of a batch no more are away at once than `max_unavailable`: the heaviest ones, at the worst.
+    """
+    if change.forced or all(step.name is not StepName.DRAIN for step in change.steps):
+        return
+    group = state.groups[change.upstream]
+    for batch in batches(change):
+        together = _heaviest(group, batch, change.max_unavailable)
+        refuse_emptying(group, together)
+        # Whoever restarts a single server wants that one, as with a stop.
+        if change.kind in _IN_BATCHES or (change.kind is ChangeKind.RESTART and len(batch) > 1):
+            refuse_overload(group, together)
+
+
+_IN_BATCHES = frozenset(ChangeKind) - {ChangeKind.DRAIN, ChangeKind.STOP, ChangeKind.START, ChangeKind.RESTART}
+
+
+def _heaviest(group: Group, keys: Sequence[str], most: int) -> tuple[str, ...]:
+    """At most so many of these servers (0: all), those that serve and have the most weight."""
+    if not most or most >= len(keys):
+        return tuple(keys)
+    serving = set(table.serving(group))
+    weights = {s.key: s.weight for s in group.upstream.servers}
+    return tuple(sorted(keys, key=lambda key: (key not in serving, -weights[key]))[:most])
+
+
+def refuse_emptying(group: Group, keys: Sequence[str], otherwise: str = "insist with --force") -> None:
+    """Refused when taking these servers away leaves no server that serves, and one does now."""
+    if table.serving(group) and not table.serving(group, without=keys):
+        raise Refused(
+            "guard",
+            f"{', '.join(keys)}: no other server of {group.upstream.name} serves",
+            f"bring another one up first, or {otherwise}",
+        )
+
+
+def refuse_overload(group: Group, keys: Sequence[str]) -> None:
+    """Refused when without these servers another one gets more than `rollout.max_load` times its usual share.
+
+    Reckoned, not simulated, so that it costs nothing: while they are away, those that serve share their load by their
+    weights. A simulation finds the same.
+    """
+    name, limit, shares = group.upstream.name, group.upstream.policy.rollout.max_load, usual(group)
+    rest = set(table.serving(group, without=keys))
+    primaries = {s.key for s in group.upstream.servers if not s.backup}
+    carries = sum(shares[key] for key in (rest & primaries) or rest)
+    if limit and carries and 1 / carries > limit + TOLERANCE:
+        raise Refused(
+            "guard",
+            f"without {', '.join(keys)} each other server of {name} gets {1 / carries:.2f} times its usual share, and "
+            f"max_load is {limit:g}",
+            f"take a smaller batch (`headgate plan rollout {name}` recommends one), raise max_load in "
+            f"[upstream.{name}.rollout], or insist with --force",
+        )
+
+
+def ahead(state: State, upstream: str) -> list[Change]:
+    """The changes that are in the way of another one that handles processes of this upstream, oldest first."""
+    changes = (each for _, each in sorted(state.changes.items()))
+    return [each for each in changes if not each.status.ended and each.upstream == upstream and not _drains(each)]
+
+
+def freed(state: State, upstream: str) -> State:
+    """The state as if these changes had ended well: what they stop is stopped, the rest serves and is warm."""
+    for change in ahead(state, upstream):
+        admin = Admin.MAINT if change.kind is ChangeKind.STOP else Admin.READY
+        for key in dict.fromkeys(step.server for step in change.steps):
+            if peer := state.groups[upstream].peers.get(key):
+                peer = replace(peer, admin=admin, health=Health.UP, warm_up=WarmUp(), sessions=False, ejected=None)
+                state = table.with_peer(state, upstream, key, peer)
+        state = replace(state, changes={n: each for n, each in state.changes.items() if n != change.id})
+    return state
+
+
+def _drains(change: Change) -> bool:
+    return change.kind is ChangeKind.DRAIN
