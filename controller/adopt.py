@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from controller.adapters.clock import SystemClock
@@ -24,10 +24,10 @@ from controller.adapters.procfs import read as read_process
 from controller.conf import obstacles, tree
 from controller.conf.diff import FileEdit, diff
 from controller.conf.draft import EditRefused, Reason
-from controller.conf.edit import AddHook, AddInclude, RemoveHook, RemoveInclude, plan
+from controller.conf.edit import AddHook, AddInclude, RemoveHook, RemoveInclude, SetParameter, plan
 from controller.conf.edit import Edit as Wish
 from controller.conf.index import Index
-from controller.conf.ledger import restoring, written_lines
+from controller.conf.ledger import OURS, restoring, written_lines
 from controller.conf.parse import ConfSyntaxError
 from controller.conf.spans import directives
 from controller.conf.tree import Node
@@ -53,7 +53,8 @@ class Plan:
     """Files to write, in this order, and what that means.
 
     `plane` is lua or reload for an adoption, else empty. `upstreams` are adopted or released by it; `left` says of each
-    other one why it is not, `notes` what else to know.
+    other one why it is not, `notes` what else to know. `meant` stands in no file yet: what the author wants where the
+    reload plane holds a parameter.
     """
 
     writes: tuple[Edit, ...]
@@ -61,6 +62,7 @@ class Plan:
     upstreams: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    meant: tuple[SetParameter, ...] = ()
 
     def shown(self) -> str:
         """The change for people: unified diffs of the user's files, a line for each of ours."""
@@ -73,6 +75,9 @@ class Plan:
             else:
                 lines = write.after.count(b"\n")
                 text += f"{write.path}, a file of Headgate's own, is written ({lines} lines)\n"
+        for each in self.meant:
+            wish = f"without {each.name}" if each.value is None else f"{each.name}={each.value}".removesuffix("=")
+            text += f"{each.address} of {each.upstream}: {wish}, as soon as Headgate's own {each.name} goes\n"
         return text
 
 
@@ -160,8 +165,28 @@ def _adoption_by_reload(house: _House, wanted: Sequence[str]) -> Plan:
 
 
 def servers(settings: Settings, wishes: Sequence[Wish]) -> Plan:
-    """What makes these edits of `server` lines; ConfigError, EditRefused."""
-    return Plan(plan(_index(settings), wishes))
+    """What makes these edits of `server` lines; ConfigError, EditRefused.
+
+    Where the reload plane holds a parameter now, the file stays, and the wish is for the plane to remember.
+    """
+    index, plane = _index(settings), str(settings.nginx.data_plane)
+    edits = plan(index, wishes)
+    if plane != "reload":
+        return Plan(edits)
+    ledger = Memory.load(settings.nginx_state, SystemClock()).ledger
+    written: list[Wish] = []
+    meant = []
+    for wish in wishes:
+        if not (isinstance(wish, SetParameter) and wish.name in OURS):
+            written.append(wish)
+            continue
+        for line in written_lines(index, wish.upstream)[1]:
+            one = replace(wish, occurrence=line.number)
+            if line.address == wish.address and not ledger.holds(line, wish.name):
+                written.append(one)
+            elif line.address == wish.address and ledger.meant(line)[wish.name] != wish.value:
+                meant.append(one)
+    return Plan(plan(index, written), meant=tuple(meant))
 
 
 def _index(settings: Settings) -> Index:

@@ -89,11 +89,18 @@ def server(
     if leaves and not force and serving and all(each.partition("@")[0] == address for each in serving):
         message = f"{address}: no other server of {upstream} serves"
         raise ApiError(409, "guard", message, "bring another one up first, or insist with --force")
-    reload = settings.nginx.data_plane == "reload"  # the Lua plane needs none
-    done = _change(settings, lambda: adoption.servers(settings, edits), "Write this?", diff, yes, reload)
-    if done.writes:
-        answer = client.reread()
-        print(f"nginx follows it (table {answer['revision']})")
+    # Whether that takes a reload is for the data plane to know: it marks what nobody has probed before nginx sees it.
+    done = _change(settings, lambda: adoption.servers(settings, edits), "Write this?", diff, yes, reload=False)
+    if not done.writes and not done.meant:
+        print("there is nothing to do: the line says so already")
+        return
+    try:
+        answer = client.reread([_meant(each) for each in done.meant])
+    except (ApiError, DaemonUnreachable):
+        if done.writes:
+            print("the file is written; nginx follows it as soon as the daemon can have it so", file=sys.stderr)
+        raise
+    print(f"nginx follows it (table {answer['revision']})")
 
 
 def _change(
@@ -107,10 +114,12 @@ def _change(
         wanted = _planned(plan)
         if shown := wanted.shown():
             print(shown)
-        if diff or not wanted.writes:
+        if diff or not (wanted.writes or wanted.meant):
             break
         if not yes and not typer.confirm(question):
             raise HeadgateError("nothing was changed")
+        if not wanted.writes:
+            break
         try:
             asyncio.run(adoption.carry_out(settings, wanted, print, reload=reload))
         except Changed as changed:
@@ -141,6 +150,16 @@ def _tell(done: adoption.Plan, what: str, diff: bool) -> None:
         print(f"there is nothing to do: everything that can be is {what} already")
     elif not diff:
         print(f"{what}: {', '.join(done.upstreams) or 'no upstream'}")
+
+
+def _meant(wish: SetParameter) -> dict[str, object]:
+    return {
+        "upstream": wish.upstream,
+        "server": wish.address,
+        "number": wish.occurrence or 0,
+        "parameter": wish.name,
+        "value": wish.value,
+    }
 
 
 def _edits(action: str, upstream: str, address: str, parameters: list[str]) -> list[Edit]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -98,9 +98,13 @@ class Client:
         """Take this edge host offline, or back; `{"offline", "takes_traffic", "why"}`."""
         return self._call("PUT", "/v1/edge", body={"offline": offline})
 
-    def reread(self) -> Json:
-        """Have nginx.conf read again now; `{"revision", "warnings"}` once nginx follows."""
-        return self._call("POST", "/v1/config/read", timeout=_TIMEOUT + _READING)
+    def reread(self, meant: Sequence[Json] = ()) -> Json:
+        """Have nginx.conf read again now; `{"revision", "warnings"}` once nginx follows.
+
+        `meant` is what its author wants of parameters that stand there as Headgate wrote them.
+        """
+        body = {"meant": list(meant)} if meant else None
+        return self._call("POST", "/v1/config/read", body=body, timeout=_TIMEOUT + _READING)
 
     def begin_change(
         self,

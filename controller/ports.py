@@ -98,6 +98,10 @@ class PlaneRefused(HeadgateError):
         self.revision = revision
 
 
+Parameter = tuple[str, str, int, str]
+"""Of a `server` line: (upstream, address as written, its number among equal ones there, parameter)."""
+
+
 class DataPlane(Protocol):
     """Where tables go and counters come from."""
 
@@ -112,6 +116,12 @@ class DataPlane(Protocol):
 
     async def remembered(self) -> Mapping[str, Any] | None:
         """The table that was handed over last, in this life or an earlier one, None where that is not known."""
+
+    async def mean(self, meant: Mapping[Parameter, str | None]) -> None:
+        """The author wants these values where a plane has written its own (None: no such parameter); PlaneRefused."""
+
+    async def load(self) -> None:
+        """Return when nginx balances by the `server` lines as they stand; PlaneUnreachable, PlaneRefused."""
 
     async def close(self) -> None:
         """Let go of connections."""

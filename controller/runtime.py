@@ -7,7 +7,7 @@ What to do is decided in controller/core; how it is done stands in controller/ad
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -48,6 +48,7 @@ from controller.ports import (
     EventRecord,
     NginxConfig,
     Pace,
+    Parameter,
     PlaneRefused,
     PlaneUnreachable,
     Prober,
@@ -242,8 +243,12 @@ class Runtime:
         """Connections that clients hold to nginx; PlaneUnreachable."""
         return await self._edge.clients()
 
-    async def read_config(self) -> NginxConfig:
-        """Read nginx's configuration again, and return when the state follows it; ConfigError, shown there as well."""
+    async def read_config(self, meant: Mapping[Parameter, str | None] | None = None) -> NginxConfig:
+        """Read nginx's configuration again, and return when the state follows it; ConfigError, shown there as well.
+
+        `meant` is what its author wants where Headgate's own values stand; PlaneRefused.
+        """
+        await self._plane.mean(meant or {})
         try:
             config = await self._source.read()
         except ConfigError as error:
@@ -264,6 +269,10 @@ class Runtime:
                     "it follows by itself as soon as nginx answers on its control socket",
                 )
             await self.changed(self.version, left)
+
+    async def loaded(self) -> None:
+        """Return when nginx has loaded the `server` lines as they stand; PlaneUnreachable, PlaneRefused."""
+        await self._plane.load()
 
     @property
     def counters(self) -> Counters:

@@ -14,6 +14,7 @@ from controller.adapters.clock import SystemClock
 from controller.adapters.nginx import check
 from controller.adapters.nginx.memory import Memory
 from controller.conf.draft import EditRefused
+from controller.conf.edit import SetParameter
 from controller.conf.ledger import Entry, Ledger
 from controller.ports import ConfigError
 from controller.resources import lua_dir
@@ -298,6 +299,27 @@ def test_release_gives_back_what_the_reload_plane_wrote_into_the_lines(site: Sit
         "what somebody has changed since is theirs"
     )
     assert not state.exists()
+
+
+def test_what_the_reload_plane_holds_is_wished_and_not_written() -> None:
+    with Site(plane="reload") as site:
+        first, second, _ = site.addresses
+        app = site.conf.parent / "conf.d" / "10-app.conf"
+        app.write_text(app.read_text().replace(f"{first} weight=1", f"{first} weight=25 down"))
+        entries = {("app", first, 0, "weight"): Entry("1", ("25",)), ("app", first, 0, "down"): Entry(None, ("",))}
+        Memory(ledger=Ledger(entries)).save(settings(site).nginx_state, SystemClock())
+        wishes = [
+            SetParameter("app", first, "weight", "3"),
+            SetParameter("app", first, "down", None),
+            SetParameter("app", first, "max_fails", "4"),
+            SetParameter("app", second, "weight", "5"),
+        ]
+        planned = adopt.servers(settings(site), wishes)
+        assert planned.meant == (SetParameter("app", first, "weight", "3", 0),)
+        (edit,) = planned.writes
+        assert edit.after is not None
+        assert f"{first} weight=25 down max_fails=4; server '{second}' weight=5;" in edit.after.decode()
+        assert f"{first} of app: weight=3, as soon as Headgate's own weight goes" in planned.shown()
 
 
 def test_a_configuration_without_upstreams_has_nothing_to_adopt(site: Site) -> None:

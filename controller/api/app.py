@@ -196,13 +196,16 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
         return await _followed(runtime)
 
     @app.post("/v1/config/read", tags=["daemon"])
-    async def read_config() -> wire.ConfigAnswer:
+    async def read_config(wish: wire.ConfigWish | None = None) -> wire.ConfigAnswer:
         """Read nginx.conf again now; answers when nginx follows it."""
-        try:
-            config = await runtime.read_config()
-        except ConfigError as error:
-            raise Failed(422, "config", error.message, error.remedy) from error
-        return wire.ConfigAnswer(revision=(await _followed(runtime)).revision, warnings=list(config.warnings))
+        with _not_published():
+            try:
+                config = await runtime.read_config(wish.parameters() if wish else None)
+            except ConfigError as error:
+                raise Failed(422, "config", error.message, error.remedy) from error
+            await _followed(runtime)
+            await runtime.loaded()
+        return wire.ConfigAnswer(revision=runtime.state.plane.revision, warnings=list(config.warnings))
 
     @app.post("/v1/changes", tags=["changes"], status_code=202)
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from controller.core.events import (
@@ -15,7 +15,7 @@ from controller.core.events import (
     WarmUpWished,
 )
 from controller.core.model import State
-from controller.ports import Check, Clock, Counters, EventRecord, NginxConfig, Store, TrafficRecord
+from controller.ports import Check, Clock, Counters, EventRecord, NginxConfig, Parameter, Store, TrafficRecord
 
 
 class Runtime(Protocol):
@@ -64,11 +64,14 @@ class Runtime(Protocol):
     async def clients(self) -> int:
         """Connections that clients hold to nginx; PlaneUnreachable."""
 
-    async def read_config(self) -> NginxConfig:
-        """Read nginx's configuration again and return when the state follows it; ConfigError."""
+    async def read_config(self, meant: Mapping[Parameter, str | None] | None = None) -> NginxConfig:
+        """Read nginx's configuration again and return when the state follows it; ConfigError, PlaneRefused."""
 
     async def published(self, seconds: float) -> None:
         """Return when nginx serves the state's revision; PlaneUnreachable or PlaneRefused when it is not in time."""
+
+    async def loaded(self) -> None:
+        """Return when nginx has loaded the `server` lines as they stand; PlaneUnreachable, PlaneRefused."""
 
     async def emptied(self, upstream: str, keys: tuple[str, ...], revision: int, seconds: float) -> dict[str, int]:
         """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after

@@ -6,9 +6,18 @@ Times named `…_at` are seconds since the epoch, all others are durations in se
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from controller.core import warmup
 from controller.core.events import ChangeWished
@@ -26,7 +35,7 @@ from controller.core.model import (
     Warmth,
 )
 from controller.core.table import effective_weights, method_of
-from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig, PeerCounters
+from controller.ports import ChangeRecord, Counters, EventRecord, NginxConfig, Parameter, PeerCounters
 
 MAX_ID = 2**63 - 1
 """The largest id that the store can hold."""
@@ -97,6 +106,40 @@ class ChangeWish(BaseModel):
 def _count(wish: int | str, servers: int) -> int:
     """How many servers at once: a percentage of `servers`, rounded down, is at least one."""
     return wish if isinstance(wish, int) else max(1, servers * int(wish.removesuffix("%")) // 100)
+
+
+class MeantParameter(BaseModel):
+    """What the author of nginx.conf wants of a parameter that stands there as Headgate wrote it.
+
+    The line is named by its address there and its number among equal ones; null: without the parameter, a flag: "".
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    upstream: str
+    server: str
+    number: Annotated[StrictInt, Field(ge=0, le=MAX_ID)] = 0
+    parameter: Literal["weight", "down", "max_fails"]
+    value: Annotated[str, Field(pattern=r"^[0-9]{0,9}$")] | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        number = self.value is not None and (self.value == "") is (self.parameter == "down")
+        if self.value is not None and (not number or (self.parameter == "weight" and int(self.value) < 1)):
+            raise ValueError(f"nginx takes no {self.parameter}={self.value}")
+        return self
+
+
+class ConfigWish(BaseModel):
+    """What else to know when nginx.conf is read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    meant: list[MeantParameter] = []
+
+    def parameters(self) -> dict[Parameter, str | None]:
+        """The same, by parameter."""
+        return {(each.upstream, each.server, each.number, each.parameter): each.value for each in self.meant}
 
 
 class OnlineNotice(BaseModel):

@@ -25,7 +25,10 @@ Name = tuple[str, str, int, str]
 
 @dataclass(frozen=True, slots=True)
 class WrittenLine:
-    """A `server` line as it stands. `values` has each of OURS; `twice` names those that stand there more than once."""
+    """A `server` line as it stands. `values` has each of OURS; `twice` names those that stand there more than once.
+
+    `others` are the rest of its parameters, in their order.
+    """
 
     upstream: str
     address: str
@@ -34,6 +37,7 @@ class WrittenLine:
     values: Mapping[str, str | None]
     backup: bool = False
     twice: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,9 @@ def written_lines(index: Index, upstream: str) -> tuple[str, tuple[WrittenLine, 
             if name in OURS:
                 values[name] = value
         twice = tuple(each for each in OURS if sum(p.partition("=")[0] == each for p in parameters) > 1)
-        backup = "backup" in parameters
-        lines.append(WrittenLine(upstream, address, numbers[address], draft.place(at), values, backup, twice))
+        others = tuple(each for each in parameters if each.partition("=")[0] not in OURS)
+        number, backup = numbers[address], "backup" in others
+        lines.append(WrittenLine(upstream, address, number, draft.place(at), values, backup, twice, others))
         numbers[address] += 1
     return next((name for name in names if name in METHODS), "round_robin"), tuple(lines)
 
@@ -102,6 +107,19 @@ class Ledger:
                 if (entry := self.entries.get(key := _name(line, name))) and value in entry.ours
             }
         )
+
+    def holds(self, line: WrittenLine, parameter: str) -> bool:
+        """Whether what stands there of a parameter is Headgate's."""
+        entry = self.entries.get(_name(line, parameter))
+        return entry is not None and line.values[parameter] in entry.ours
+
+    def meaning(self, meant: Mapping[Name, str | None]) -> Ledger:
+        """The ledger when the author wants these values where Headgate's stand; a parameter without entry has none."""
+        entries = dict(self.entries)
+        for name, value in meant.items():
+            if entry := entries.get(name):
+                entries[name] = Entry(value, tuple(each for each in entry.ours if each != value))
+        return Ledger({name: entry for name, entry in entries.items() if entry.ours})
 
     def without_ours(self, tree: Tree) -> Tree:
         """What was parsed, as its author means it: without the weights and `down` marks that are Headgate's."""

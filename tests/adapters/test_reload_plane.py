@@ -81,13 +81,14 @@ async def test_a_table_that_changes_no_line_costs_no_reload() -> None:
         await edge.publish(drain(edge))
         await edge.publish([server(each.port, state="quarantine") for each in edge.backends], fail_open=False)
         await edge.publish([server(each.port, state="maint") for each in edge.backends], fail_open=False)
-        assert edge.reloads() == 1
+        assert edge.reloads() == 2, "one for the first table of all, one for the marks"
         assert (await edge.plane.status()).revision == 3
 
 
 async def test_a_configuration_that_nginx_refuses_stays_and_its_line_is_shown() -> None:
     async with reload_edge() as edge:
         await edge.publish(drain(edge))
+        reloads = edge.reloads()
         edge.nginx.http += "\n    bogus on;"
         edge.nginx.write()
         text = edge.conf.read_bytes()
@@ -95,7 +96,7 @@ async def test_a_configuration_that_nginx_refuses_stays_and_its_line_is_shown() 
             await edge.publish(drain(edge, 0))
         assert refused.value.code == "write_failed"
         assert edge.conf.read_bytes() == text
-        assert (edge.reloads(), (await edge.plane.status()).revision) == (0, 1)
+        assert (edge.reloads(), (await edge.plane.status()).revision) == (reloads, 1)
         edge.nginx.http = edge.nginx.http.replace("bogus on;", "")
         edge.nginx.write()
         await edge.publish(drain(edge, 0))
@@ -130,7 +131,7 @@ async def test_when_the_proof_does_not_come_the_files_go_back() -> None:
 async def test_when_nginx_has_read_the_files_it_reads_them_again_after_they_went_back() -> None:
     async with reload_edge() as edge:
         await edge.publish(drain(edge))
-        text, stuck = edge.conf.read_bytes(), edge.nginx.workers()[0]
+        text, stuck, reloads = edge.conf.read_bytes(), edge.nginx.workers()[0], edge.reloads()
         plane, writer = meddling(edge, reloader=edge.reloader(timeout=1.0))
         applied: list[int] = []
         writer.after = lambda: os.kill(stuck, signal.SIGCONT) if applied else applied.append(1)
@@ -142,7 +143,7 @@ async def test_when_nginx_has_read_the_files_it_reads_them_again_after_they_went
             with contextlib.suppress(ProcessLookupError):
                 os.kill(stuck, signal.SIGCONT)
         assert edge.conf.read_bytes() == text
-        assert edge.reloads() == 2
+        assert edge.reloads() == reloads + 2
         assert (await plane.status()).revision == 1
         assert set(await edge.shares(10)) == {each.port for each in edge.backends}
 
@@ -260,6 +261,42 @@ async def test_the_model_is_read_without_our_marks() -> None:
         assert [line.down for line in tree.upstreams[0].servers] == [True, False]
         cleaned = edge.made().without_ours(tree).upstreams[0].servers
         assert [(line.down, line.weight) for line in cleaned] == [(False, 1), (False, 1)]
+
+
+async def test_what_somebody_wrote_and_nginx_has_not_loaded_is_loaded_before_a_table_counts_as_served() -> None:
+    async with reload_edge(3) as edge:
+        first, *others = edge.backends
+        await edge.publish(drain(edge))
+        reloads = edge.reloads()
+        edge.conf.write_text(edge.conf.read_text().replace(f"{first.key};", f"{first.key} down;"))
+        assert len(await edge.shares(9)) == 3
+        await edge.publish(drain(edge, 0))
+        assert set(await edge.shares(9)) == {each.port for each in others}
+        assert edge.reloads() == reloads + 1
+        assert f"{first.key} down;" in edge.conf.read_text()
+        await edge.publish([server(first.port, state="maint"), *drain(edge)[1:]])
+        assert edge.reloads() == reloads + 1
+
+
+async def test_a_line_that_somebody_took_out_is_out_of_nginx_when_the_table_without_it_is_served() -> None:
+    async with reload_edge(3) as edge:
+        await edge.publish(drain(edge))
+        first, *others = edge.backends
+        edge.conf.write_text(edge.conf.read_text().replace(f"server {first.key};", ""))
+        await edge.publish(drain(edge)[1:])
+        assert set(await edge.shares(9)) == {each.port for each in others}
+
+
+async def test_a_plane_without_memory_reloads_once_for_nobody_knows_what_nginx_has_loaded() -> None:
+    async with reload_edge(3) as edge:
+        first, *others = edge.backends
+        edge.conf.write_text(edge.conf.read_text().replace(f"{first.key};", f"{first.key} down;"))
+        await edge.publish(drain(edge, 0))
+        assert set(await edge.shares(9)) == {each.port for each in others}
+        await edge.plane.close()
+        edge.plane = edge.made()
+        await edge.publish([server(first.port, state="maint"), *drain(edge)[1:]])
+        assert edge.reloads() == 1
 
 
 # --- budget -----------------------------------------------------------------------------------------------------------

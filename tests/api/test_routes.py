@@ -302,3 +302,14 @@ def test_a_store_that_cannot_be_written_refuses_wishes_and_nothing_changes(house
     house.refuse_writes()
     assert refusal(client.set_admin, "app", FIRST, "maint") == (507, "store_failed")
     assert server(client, FIRST)["admin"] == "ready"
+
+
+def test_what_the_author_wants_under_headgates_own_parameters_goes_to_the_data_plane(
+    house: House, client: Client
+) -> None:
+    wish = {"upstream": "app", "server": FIRST, "number": 0, "parameter": "weight", "value": "3"}
+    gone = {"upstream": "app", "server": FIRST, "number": 1, "parameter": "down", "value": None}
+    assert client.reread([wish, gone])["revision"] == client.status()["revision"]
+    assert house.plane.meant == {("app", FIRST, 0, "weight"): "3", ("app", FIRST, 1, "down"): None}
+    for bad in ({"value": "0"}, {"value": ""}, {"parameter": "down"}, {"value": "x"}, {"parameter": "backup"}):
+        assert refusal(client.reread, [wish | bad]) == (422, "invalid"), bad

@@ -154,3 +154,24 @@ def test_a_parameter_that_stands_twice_is_told() -> None:
 def test_a_damaged_ledger_is_refused(rows: list[object]) -> None:
     with pytest.raises((ValueError, TypeError)):
         Ledger.from_json(rows)
+
+
+def test_what_the_author_wants_meanwhile_comes_when_ours_goes() -> None:
+    desk = Desk()
+    desk.write(*ALL)
+    _, lines = written_lines(desk.index, "app")
+    assert [desk.ledger.holds(line, "weight") for line in lines] == [True, False, True, True, True]
+    wishes = {
+        ("app", "127.0.0.1:1", 0, "weight"): "4",
+        ("app", "127.0.0.1:2", 0, "down"): "",
+        ("app", "127.0.0.1:2", 1, "weight"): None,
+        ("app", "127.0.0.1:1", 0, "down"): "",
+    }
+    desk.ledger = desk.ledger.meaning(wishes)
+    assert [desk.meant()[at]["weight"] for at in (0, 3)] == ["4", None]
+    assert desk.meant()[1]["down"] == ""
+    assert not desk.ledger.holds(lines[1], "down")
+    assert desk.meant()[0]["down"] is None, "what Headgate does not hold is said in the file"
+    desk.write({}, {}, {}, {}, {})
+    wanted = TEXT.replace(b"127.0.0.1:1;", b"127.0.0.1:1 weight=4;").replace(b" 'weight=5'", b"")
+    assert desk.files[MAIN] == wanted.replace(b"max_fails=2;", b"max_fails=2 down;")

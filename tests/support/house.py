@@ -22,6 +22,7 @@ from controller.ports import (
     ConfigError,
     Counters,
     NginxConfig,
+    Parameter,
     PeerCounters,
     PlaneStatus,
     PlaneUnreachable,
@@ -74,6 +75,7 @@ class HeldPlane:
         self.error = ""
         self.busy: dict[str, int] = {}
         self.served: dict[str, int] = {}
+        self.meant: dict[Parameter, str | None] = {}
         self.asked = threading.Event()  # set whenever the counters of one upstream were read
 
     async def status(self) -> PlaneStatus:
@@ -87,6 +89,12 @@ class HeldPlane:
 
     async def remembered(self) -> Mapping[str, Any] | None:
         return None
+
+    async def mean(self, meant: Mapping[Parameter, str | None]) -> None:
+        self.meant = dict(meant)
+
+    async def load(self) -> None:
+        await self._answer()
 
     async def counters(self, upstream: str | None = None) -> Counters:
         await self._answer()

@@ -15,7 +15,7 @@ from controller.conf.draft import EditRefused, Reason
 from controller.conf.edit import SetParameter, plan
 from controller.conf.index import Index
 from controller.conf.ledger import Ledger, WrittenLine, written_lines
-from controller.conf.parse import split_address
+from controller.conf.parse import digest, split_address
 from controller.core.quantise import Key, Line, Setting, Unsayable, quantise
 
 Table = Mapping[str, Any]
@@ -26,13 +26,15 @@ Table = Mapping[str, Any]
 class Plan:
     """What to write for a table, none where all stands there; the ledger while it is written, and all lines as read.
 
-    `without` are the servers of the table that no line sends to.
+    `without` are the servers of the table that no line sends to. `says` has for each upstream of the table a digest of
+    what its lines say to nginx once that is written.
     """
 
     files: tuple[FileEdit, ...]
     ledger: Ledger
     lines: tuple[WrittenLine, ...]
     without: frozenset[Key]
+    says: Mapping[str, str]
 
 
 def planned(index: Index, table: Table, shares: Mapping[Key, float], ledger: Ledger) -> Plan:
@@ -43,6 +45,7 @@ def planned(index: Index, table: Table, shares: Mapping[Key, float], ledger: Led
     lines: list[WrittenLine] = []
     edits: list[SetParameter] = []
     without: set[Key] = set()
+    says: dict[str, str] = {}
     for name, upstream in table["upstreams"].items():
         keys = [server["key"] for server in upstream["servers"]]
         try:
@@ -54,15 +57,18 @@ def planned(index: Index, table: Table, shares: Mapping[Key, float], ledger: Led
         meant = [ledger.meant(line) for line in written]
         own = {key: shares.get((name, key), 1.0) for key in keys}
         settings = quantise(method, upstream, _lines(written, meant, keys), own)
-        for line, values, setting in zip(written, meant, settings, strict=True):
-            needed = ledger.edits(line, _values(setting, values))
+        wanted = [_values(setting, values) for setting, values in zip(settings, meant, strict=True)]
+        for line, values in zip(written, wanted, strict=True):
+            needed = ledger.edits(line, values)
             if twice := [edit.name for edit in needed if edit.name in line.twice]:
                 raise Unsayable(f"{line.place}: {twice[0]} stands twice on this line; leave one")
             edits += needed
         sent = {key for setting in settings if not setting.down for key in setting.keys}
         without |= {(name, key) for key in keys if key not in sent}
         lines += written
-    return Plan(plan(index, edits), ledger.before_writing(lines, edits), tuple(lines), frozenset(without))
+        told = [(line.address, line.others, *values.values()) for line, values in zip(written, wanted, strict=True)]
+        says[name] = digest(repr((method, told)).encode("utf-8", "backslashreplace"))
+    return Plan(plan(index, edits), ledger.before_writing(lines, edits), tuple(lines), frozenset(without), says)
 
 
 def _lines(

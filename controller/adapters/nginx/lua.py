@@ -14,7 +14,7 @@ import aiohttp
 import structlog
 
 from controller.adapters.whole import put, read
-from controller.ports import Counters, PeerCounters, PeerEjected, PlaneRefused, PlaneStatus, PlaneUnreachable
+from controller.ports import Counters, Parameter, PeerCounters, PeerEjected, PlaneRefused, PlaneStatus, PlaneUnreachable
 
 DEFAULT_LUA = "/usr/share/headgate/lua"
 DEFAULT_SOCKET = "/run/headgate/nginx.sock"
@@ -107,6 +107,12 @@ class LuaPlane:
             log.warning("the snapshot cannot be read", error=str(error))
             return None
         return table if isinstance(table, dict) else None
+
+    async def mean(self, meant: Mapping[Parameter, str | None]) -> None:
+        """Nothing to remember: this plane writes no parameters."""
+
+    async def load(self) -> None:
+        """Nothing to do: nginx balances by the table."""
 
     async def close(self) -> None:
         """Close the client's side; nginx goes on with its table."""

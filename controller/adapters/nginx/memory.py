@@ -21,7 +21,8 @@ FORMAT = 1
 class Memory:
     """The table that nginx serves as `version`, its ramps, and whose each parameter in the files is.
 
-    `without` are the servers that no line sends to any more. `dirty`: files were written that nginx may not have read.
+    `without` are the servers that no line sends to any more. `says` is what nginx has loaded for certain: a digest of
+    each upstream's lines at the last reload that was proved. `dirty`: files were written that nginx may not have read.
     """
 
     version: str = ""
@@ -30,6 +31,7 @@ class Memory:
     without: frozenset[Key] = frozenset()
     ledger: Ledger = field(default_factory=Ledger)
     dirty: bool = False
+    says: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: Path, clock: Clock) -> None:
         """Write the file; PlaneRefused. Blocks."""
@@ -43,6 +45,7 @@ class Memory:
             "without": sorted(self.without),
             "ledger": self.ledger.to_json(),
             "dirty": self.dirty,
+            "says": dict(self.says),
         }
         try:
             put(path, json.dumps(content, indent=1).encode())
@@ -79,4 +82,5 @@ def _restored(raw: Mapping[str, Any], clock: Clock) -> Memory:
         frozenset((name, key) for name, key in raw["without"]),
         Ledger.from_json(raw["ledger"]),
         raw["dirty"],
+        raw.get("says", {}),
     )

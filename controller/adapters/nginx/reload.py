@@ -28,7 +28,7 @@ from controller.conf.draft import EditRefused
 from controller.conf.index import Index
 from controller.conf.parse import ConfSyntaxError, Tree
 from controller.core.quantise import Key, Pace, Ramp, Unsayable, follow, shares, shown, with_shown
-from controller.ports import Clock, Counters, PeerCounters, PlaneRefused, PlaneStatus, PlaneUnreachable
+from controller.ports import Clock, Counters, Parameter, PeerCounters, PlaneRefused, PlaneStatus, PlaneUnreachable
 
 log = structlog.get_logger("headgate")
 
@@ -82,6 +82,7 @@ class ReloadPlane:
         self._asked: list[_Asked] = []
         self._last = clock.now() - self._pace.interval
         self._wake = asyncio.Event()
+        self._turning = asyncio.Lock()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -108,17 +109,7 @@ class ReloadPlane:
         if revision < served.revision or (known and revision == served.revision):
             message = f"revision {revision} is not newer than {served.revision}, which nginx serves"
             raise PlaneRefused("stale_revision", message, "publish a higher revision", served.revision)
-        asked = _Asked(table, asyncio.get_running_loop().create_future(), self._clock.now())
-        self._asked = [*self._asked, asked]
-        self._wake.set()
-        try:
-            await asyncio.wait((asked.answer, task), return_when=asyncio.FIRST_COMPLETED)
-            if not asked.answer.done():
-                task.result()
-                raise PlaneUnreachable("the data plane was closed", "publish again in the next life")
-            return asked.answer.result()
-        finally:
-            asked.answer.cancel()
+        return await self._bring(table, task)
 
     async def counters(self, upstream: str | None = None) -> Counters:
         """Sockets that nginx's workers hold to each server; PlaneUnreachable.
@@ -150,6 +141,22 @@ class ReloadPlane:
         await self._begin()
         return self._known.table
 
+    async def mean(self, meant: Mapping[Parameter, str | None]) -> None:
+        """The author wants these values where ours stand: from now on they are what goes back there; PlaneRefused."""
+        await self._begin()
+        async with self._turning:
+            for name in meant.keys() - self._known.ledger.entries.keys():
+                message = f"{name[3]} of {name[1]} in upstream {name[0]} is its author's by now"
+                raise PlaneRefused("contended", message, "say it again")
+            if (ledger := self._known.ledger.meaning(meant)) != self._known.ledger:
+                await self._remember(replace(self._known, ledger=ledger))
+
+    async def load(self) -> None:
+        """Return when nginx has loaded the managed upstreams' lines as they stand; PlaneUnreachable, PlaneRefused."""
+        task = await self._begin()
+        if (table := self._known.table) is not None:
+            await self._bring(table, task)
+
     async def close(self) -> None:
         """Finish a reload that is under way; traffic stays as it is."""
         self._closing = True
@@ -179,6 +186,20 @@ class ReloadPlane:
             self._task.result()
         return self._task
 
+    async def _bring(self, table: Table, task: asyncio.Task[None]) -> PlaneStatus:
+        """Have `task` bring this table into nginx, or a newer one, and wait for it."""
+        asked = _Asked(table, asyncio.get_running_loop().create_future(), self._clock.now())
+        self._asked = [*self._asked, asked]
+        self._wake.set()
+        try:
+            await asyncio.wait((asked.answer, task), return_when=asyncio.FIRST_COMPLETED)
+            if not asked.answer.done():
+                task.result()
+                raise PlaneUnreachable("the data plane was closed", "publish again in the next life")
+            return asked.answer.result()
+        finally:
+            asked.answer.cancel()
+
     async def _look(self) -> tuple[Identity, str]:
         master = await self._reloader.master()
         return master, await self._reloader.served()
@@ -199,7 +220,8 @@ class ReloadPlane:
             self._wake.clear()
             batch = self._asked = [asked for asked in self._asked if not asked.answer.done()]
             try:
-                wait = await self._turn()
+                async with self._turning:
+                    wait = await self._turn()
             except (PlaneUnreachable, PlaneRefused) as error:
                 trouble = isinstance(error, PlaneRefused) and error.code in TROUBLE
                 self._last = self._clock.now() + (self._patience if trouble else 0.0)
@@ -227,7 +249,7 @@ class ReloadPlane:
         master, version = await self._look()
         target = shown(ramps, now, self._pace.steps) if asked else shares(ramps, now, self._pace.steps)
         made = await self._plan(table, target)
-        if not made.files and not self._known.dirty and await asyncio.to_thread(self._reloader.on_disk, version):
+        if self._loaded(made) and await asyncio.to_thread(self._reloader.on_disk, version):
             exiting = frozenset(each.identity for each in await asyncio.to_thread(workers, master[0]) if each.exiting)
             await self._accept(table, with_shown(ramps, target), made, version, exiting)
             return 0.0
@@ -242,11 +264,16 @@ class ReloadPlane:
             after = await self._plan(table, target)
         except Changed:
             self._last, after = self._clock.now(), None
-        if after is None or after.files:
+        if after is None or after.files or after.says != made.says:
             self._contend(asked)
             return 0.0
         await self._accept(table, with_shown(ramps, target), after, version, older)
         return 0.0
+
+    def _loaded(self, made: Plan) -> bool:
+        """Whether nginx has loaded what this plan wants: that a file says so proves nothing, for people edit too."""
+        known = self._known
+        return not made.files and not known.dirty and made.says.items() <= known.says.items()
 
     async def _crowded(self, master: int, asked: _Asked | None, now: float) -> bool:
         """Whether so many generations are shutting down that another one must wait; PlaneRefused after `patience`."""
@@ -330,7 +357,7 @@ class ReloadPlane:
     ) -> None:
         """nginx is proved to serve this table: remember it, and answer those who asked for it or an earlier one."""
         ledger = made.ledger.settled(made.lines)
-        await self._remember(Memory(version, table, ramps, made.without, ledger))
+        await self._remember(Memory(version, table, ramps, made.without, ledger, says=made.says))
         self._holders = {key: self._holders.get(key, older) for key in made.without}
         status = await self.status()
         for asked in self._asked:
