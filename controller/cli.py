@@ -8,14 +8,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+import uuid
 from importlib.metadata import version as distribution_version
 from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 
-from controller import cli_change, cli_conf, cli_doctor, cli_edge, cli_history, cli_install, cli_plan, cli_self
+from controller import (
+    cli_change,
+    cli_conf,
+    cli_doctor,
+    cli_edge,
+    cli_history,
+    cli_install,
+    cli_plan,
+    cli_self,
+    cli_wait,
+)
 from controller import cli_view as view
 from controller.client import Client, Json
 from controller.errors import ApiError, DaemonUnreachable, HeadgateError, SettingsError
@@ -158,7 +168,7 @@ def enable(
     answer = client.set_admin(upstream, server, "ready")
     print(f"{upstream}: {server} is ready (table {answer['revision']})")
     if wait:
-        _until(client, upstream, server, timeout, "serves", lambda each: each["effective_weight"] > 0)
+        cli_wait.until_serving(client, upstream, server, timeout)
 
 
 @app.command()
@@ -175,7 +185,7 @@ def maint(
     answer = client.set_admin(upstream, server, "maint", force)
     print(f"{upstream}: {server} is under maintenance; no new request reaches it (table {answer['revision']})")
     if wait:
-        _until(client, upstream, server, timeout, "is empty", lambda each: each["in_flight"] == 0)
+        cli_wait.until_empty(client, upstream, server, timeout)
 
 
 @app.command("warm-up")
@@ -195,15 +205,16 @@ def offline(
     ] = 0,
 ) -> None:
     """Announce that a server goes offline: it gets no new request until its quarantine ends."""
-    answer = _client(context).offline(server, upstream, why="announced by hand", wait=wait)
+    client, notice = _client(context), uuid.uuid4().hex
+    answer = client.offline(server, upstream, id=notice, why="announced by hand")
+    answer = cli_wait.until_left(client, answer, server, notice, wait)
     for each in answer["servers"]:
-        left = f"{each['in_flight']} still under way" if each["in_flight"] else "none is under way"
-        print(f"{each['upstream']}: {each['server']} gets no new request (table {answer['revision']}); {left}")
+        print(view.leaving(each, answer["revision"]))
     for refused in answer["refused"]:
         print(f"headgate: {refused}", file=sys.stderr)
     if answer["refused"]:
         raise typer.Exit(REFUSED)
-    if wait and not answer["drained"]:
+    if wait and any(each["in_flight"] for each in answer["servers"]):
         raise typer.Exit(FAILED)
 
 
@@ -327,19 +338,6 @@ def _client(context: typer.Context) -> Client:
 
 def _print_json(answer: Any) -> None:
     print(json.dumps(answer, indent=2))
-
-
-def _until(
-    client: Client, upstream: str, server: str, timeout: float, what: str, holds: Callable[[Json], bool]
-) -> None:
-    deadline = time.monotonic() + timeout
-    while not all(holds(each) for each in client.servers(upstream, server)):
-        if time.monotonic() > deadline:
-            raise HeadgateError(
-                f"{upstream}: {server}: not within {timeout:g} s: it {what}", "look at `headgate status`"
-            )
-        time.sleep(0.2)
-    print(f"{upstream}: {server} {what}")
 
 
 def _watch(client: Client) -> None:

@@ -164,9 +164,7 @@ def abort(context: typer.Context, change: _Change, wait: _Wait = True) -> None:
     """End a change: servers not yet told to stop get their place back, the others are brought up again."""
     client = _steer(context, change, "abort")
     if wait:
-        for _ in client.follow_change(change):
-            continue
-        view.console().print(view.steps(client.change(change)))
+        follow(client, change, wanted="aborted")
 
 
 # --- behind the verbs ---------------------------------------------------------------------------------------------
@@ -220,8 +218,8 @@ def _steer(context: typer.Context, change: int, wish: str) -> Client:
     return client
 
 
-def follow(client: Client, change: int, timeout: float | None = None) -> None:
-    """Show a change until it ends, then its table; exits unless it is done."""
+def follow(client: Client, change: int, timeout: float | None = None, wanted: str = "done") -> None:
+    """Show a change until it ends, then its table; exits unless it ends as wanted, without a step that failed."""
     deadline = None if timeout is None else time.monotonic() + timeout
     out = view.console()
     record: Json = {}
@@ -239,7 +237,7 @@ def follow(client: Client, change: int, timeout: float | None = None) -> None:
     if record["status"] in UNFINISHED:
         raise _left(change, FAILED, f"not done within {timeout:g} s")
     out.print(view.steps(record))
-    if record["status"] != "done":
+    if record["status"] != wanted or any(step["state"] == "failed" for step in record["steps"]):
         raise typer.Exit(FAILED)
 
 

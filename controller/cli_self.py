@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from controller import cli_view as view
 from controller.adapters import own
 from controller.adapters.systemd import systemctl
 from controller.client import Client, Json
@@ -70,8 +71,7 @@ def _offline(client: Client, address: str, deadline: float, hope: bool) -> None:
             break
         time.sleep(_POLL)
     for each in answer["servers"]:
-        under_way = f"{each['in_flight']} still under way" if each["in_flight"] else "none is under way"
-        print(f"{each['upstream']}: {each['server']} gets no new request (table {answer['revision']}); {under_way}")
+        print(view.leaving(each, answer["revision"]))
     for message in answer["refused"]:
         print(f"headgate: {message}", file=sys.stderr)
 

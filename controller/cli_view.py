@@ -124,6 +124,20 @@ def progress(change: Json, in_flight: dict[str, int]) -> RenderableType:
     return Group(sentence(change), table)
 
 
+def leaving(server: Json, revision: int) -> str:
+    """A server of an offline notice that was heard."""
+    left = f"{server['in_flight']} still under way" if server["in_flight"] else "none is under way"
+    return f"{server['upstream']}: {server['server']} gets no new request (table {revision}); {left}"
+
+
+def hindrance(server: Json) -> str:
+    """Why a server gets no requests."""
+    if server["admin"] != "ready":
+        return f"it is under {server['admin']}" if server["admin"] == "maint" else "it drains"
+    health = server["health"] + (f" ({server['reason']})" if server["reason"] else "")
+    return "; ".join([f"its health is {health}"] * (server["health"] != "up") + list(_notes(server))) or "not yet"
+
+
 def _by_server(change: Json) -> list[Json]:
     """The steps of one server after those of the other, with those that were added when one failed."""
     order = {server: at for at, server in enumerate(dict.fromkeys(step["server"] for step in change["steps"]))}

@@ -100,17 +100,78 @@ def test_drain_answers_at_once_and_with_wait_when_the_server_is_empty(house: Hou
     assert followed.stdout.splitlines()[-1].startswith("change 2: drain of app done in")
 
 
-def test_enable_and_maint_wait_for_what_they_promise(house: House) -> None:
-    house.plane.busy[FIRST] = 1
-    house.until(lambda: house.runtime.counters.upstreams["app"][FIRST].in_flight == 1)
+def test_enable_and_maint_wait_for_what_they_promise_and_say_what_for(house: House) -> None:
+    house.plane.busy[FIRST] = 2
+    house.until(lambda: house.runtime.counters.upstreams["app"][FIRST].in_flight == 2)
     late = headgate(house, "maint", "app", FIRST, "--wait", "--timeout", "0.1")
     assert late.returncode == 1
-    assert "not within 0.1 s: it is empty" in late.stderr
+    assert f"app: {FIRST} did not become empty within 0.1 s (2 in flight)" in late.stderr
+    assert late.stdout.splitlines()[1:] == [f"app: {FIRST}: 2 in flight"]
     house.plane.busy.clear()
     empty = headgate(house, "maint", "app", FIRST, "--wait")
     assert (empty.returncode, empty.stdout.splitlines()[-1]) == (0, f"app: {FIRST} is empty")
+    house.prober.down.add(FIRST)
+    late = headgate(house, "enable", "app", FIRST, "--wait", "--timeout", "0.5")
+    assert late.returncode == 1
+    assert f"app: {FIRST} did not get requests within 0.5 s (its health is " in late.stderr
+    assert f"app: {FIRST}: its health is down (refused)" in late.stdout.splitlines()
+    house.prober.down.clear()
+    house.do(lambda: house.prober.probe_now("app", FIRST))
     serves = headgate(house, "enable", "app", FIRST, "--wait")
     assert (serves.returncode, serves.stdout.splitlines()[-1]) == (0, f"app: {FIRST} serves")
+
+
+def test_while_it_waits_each_number_in_flight_is_shown_once(house: House) -> None:
+    house.plane.busy[FIRST] = 2
+    house.until(lambda: house.runtime.counters.upstreams["app"][FIRST].in_flight == 2)
+    for words, one in (
+        (("offline", FIRST, "--wait", "20"), rf"app: {FIRST} gets no new request \(table \d+\); 1 still under way\n"),
+        (("maint", "app", FIRST, "--wait"), rf"app: {FIRST}: 1 in flight\n"),
+    ):
+        house.plane.busy[FIRST] = 2
+        waiting = subprocess.Popen(command(house.directory, *words), stdout=subprocess.PIPE, text=True)
+        try:
+            assert waiting.stdout is not None
+            shown = [waiting.stdout.readline()]
+            while not re.search(r"2 (still|in)", shown[-1]):
+                shown.append(waiting.stdout.readline())
+            house.plane.busy[FIRST] = 1
+            shown.append(waiting.stdout.readline())
+            assert re.fullmatch(one, shown[-1])
+            house.plane.busy.clear()
+            rest, _ = waiting.communicate(timeout=20)
+        finally:
+            waiting.kill()
+            waiting.wait()
+        assert waiting.returncode == 0
+        assert len(rest.splitlines()) == 1, "how it ended"
+        assert headgate(house, "online", FIRST).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "why"), [("", 0, "by an operator"), ("it ended with 1", 1, "it ended with 1")]
+)
+def test_an_abort_shows_progress_and_fails_only_where_a_server_is_left_behind(
+    house: House, broken: str, code: int, why: str
+) -> None:
+    house.do(house.processes.stuck.clear)
+    assert headgate(house, "restart", "app", FIRST, "--no-wait").returncode == 0
+    house.until(lambda: any(s.name == "exit" and s.state == "running" for s in house.runtime.state.changes[1].steps))
+    waiting = subprocess.Popen(command(house.directory, "abort", "1"), stdout=subprocess.PIPE, text=True)
+    try:
+        assert waiting.stdout is not None
+        while "exit …" not in waiting.stdout.readline():
+            assert waiting.poll() is None
+        house.processes.broken = broken
+        house.do(house.processes.stuck.set)
+        shown, _ = waiting.communicate(timeout=20)
+    finally:
+        waiting.kill()
+        waiting.wait()
+    last = shown.splitlines()[-1]
+    assert waiting.returncode == code
+    assert re.match(r"change 1: restart of app aborted after [\d.]+ m?s: ", last)
+    assert why in last
 
 
 def test_offline_and_online_say_what_nginx_does_and_offline_can_wait(house: House) -> None:

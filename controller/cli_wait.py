@@ -1,0 +1,83 @@
+"""Waiting for what is no change: how it stands is shown whenever that is something else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.live import Live
+from rich.text import Text
+
+from controller import cli_view as view
+from controller.client import Client, Json
+from controller.errors import HeadgateError
+
+_POLL = 0.2  # seconds
+_ANSWER = 1.0  # seconds after which the daemon says at the latest what is in flight
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[str], None]]:
+    """What to call with a sentence: on a terminal it takes the place of the last one, elsewhere it is a line if new."""
+    out = view.console()
+    if out.is_terminal:
+        with Live(console=out, transient=True, auto_refresh=False) as live:
+            yield lambda sentence: live.update(Text(sentence), refresh=True)
+        return
+    said = ""
+
+    def say(sentence: str) -> None:
+        nonlocal said
+        if sentence != said:
+            print(sentence, flush=True)
+            said = sentence
+
+    yield say
+
+
+def until_empty(client: Client, upstream: str, server: str, timeout: float) -> None:
+    """Wait until the server has no request in flight; HeadgateError."""
+    _until(
+        *(client, upstream, server, timeout, "become empty"),
+        lambda each: f"{each['in_flight']} in flight" if each["in_flight"] else "",
+    )
+    print(f"{upstream}: {server} is empty")
+
+
+def until_serving(client: Client, upstream: str, server: str, timeout: float) -> None:
+    """Wait until the server gets requests; HeadgateError."""
+    _until(
+        *(client, upstream, server, timeout, "get requests"),
+        lambda each: "" if each["effective_weight"] > 0 else view.hindrance(each),
+    )
+    print(f"{upstream}: {server} serves")
+
+
+def until_left(client: Client, answer: Json, server: str, notice: str, timeout: float) -> Json:
+    """The answer to an offline notice, asked for again by the notice's id until each server is empty, or so long."""
+    deadline = time.monotonic() + timeout
+    servers: list[Json] = []
+    with shown() as say:
+        for upstream in dict.fromkeys(each["upstream"] for each in answer["servers"]):
+            found = [each for each in answer["servers"] if each["upstream"] == upstream]
+            while any(each["in_flight"] for each in found) and (left := deadline - time.monotonic()) > 0:
+                say("; ".join(view.leaving(each, answer["revision"]) for each in found))
+                found = client.offline(server, upstream, id=notice, wait=min(left, _ANSWER))["servers"]
+            servers += found
+    return {**answer, "servers": servers}
+
+
+def _until(
+    client: Client, upstream: str, server: str, timeout: float, what: str, hindrance: Callable[[Json], str]
+) -> None:
+    deadline = time.monotonic() + timeout
+    with shown() as say:
+        while why := {
+            each["address"]: found for each in client.servers(upstream, server) if (found := hindrance(each))
+        }:
+            if time.monotonic() > deadline:
+                message = f"{upstream}: {server} did not {what} within {timeout:g} s ({'; '.join(why.values())})"
+                raise HeadgateError(message, "look at `headgate status`")
+            say("; ".join(f"{upstream}: {address}: {each}" for address, each in why.items()))
+            time.sleep(_POLL)
