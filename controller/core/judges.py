@@ -47,7 +47,9 @@ def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSe
         return state
     if verdict is drain.Verdict.EMPTY:
         return settle(state, change, at, StepState.DONE, "no request in flight", now)
-    left = f"{seen.in_flight} requests still in flight" if seen else "requests in flight unknown: nginx does not answer"
+    left = "requests in flight unknown: nginx does not answer"
+    if seen:
+        left = f"{seen.in_flight} request{'s' * (seen.in_flight != 1)} still in flight"
     why = f"{left} after {policy.timeout:g} s"
     if verdict is drain.Verdict.PROCEED:
         return settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)

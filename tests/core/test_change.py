@@ -84,7 +84,7 @@ def test_a_drain_past_its_deadline_is_aborted_and_the_server_gets_its_place_back
     assert running(world, number) == [(A, "empty")]
     world.pass_time(2)
     assert world.change(number).status is ChangeStatus.FAILED
-    assert world.change(number).error == f"{A}: empty: 1 requests still in flight after 30 s"
+    assert world.change(number).error == f"{A}: empty: 1 request still in flight after 30 s"
     assert world.peer(A).admin is Admin.READY
     assert world.jobs == [], "nothing was signalled"
 
@@ -95,7 +95,11 @@ def test_a_drain_past_its_deadline_proceeds_where_the_policy_says_so() -> None:
     number = world.wish(ChangeKind.RESTART, A)
     world.answer().pass_time(31)
     assert running(world, number) == [(A, "terminate")], "the wait after deregistration has passed as well"
-    assert "1 requests still in flight" in world.change(number).steps[2].detail
+    assert "1 request still in flight" in world.change(number).steps[2].detail
+    world = World(in_flight={A: 2}).configure(upstream(policy=policy))
+    number = world.wish(ChangeKind.RESTART, A)
+    world.answer().pass_time(31)
+    assert "2 requests still in flight" in world.change(number).steps[2].detail
 
 
 def test_a_drain_ends_even_when_nginx_no_longer_answers() -> None:
