@@ -138,6 +138,8 @@ def _sentence(error: ErrorDetails, loc: tuple[str, ...]) -> str:
             return "must be a whole number; write it without quotes"
         case "bool_type":
             return "must be true or false; write it without quotes"
+        case "too_short" | "string_too_short":
+            return "must not be empty; fill it, or leave it out"
         case "tuple_type":
             return 'must be a list; write ["…", "…"]'
         case _:
