@@ -138,6 +138,15 @@ class HookError(HeadgateError):
     """A hook that must not fail has failed; nothing secret stands in the message."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a new master must stand before the old one goes: `check` passed `rise` times in a row within `limit` s."""
+
+    check: Check
+    rise: int
+    limit: float
+
+
 class ProcessControl(Protocol):
     """One server's process. Every call may be repeated after a crash of the daemon."""
 
@@ -168,8 +177,9 @@ class ProcessControl(Protocol):
     async def renewed(self, master: Master, policy: ProcessPolicy) -> Master:
         """Wait until other workers than these accept requests and these have ended; ProcessError."""
 
-    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
-        """Have it make a new master beside itself (USR2); that one once it serves. ProcessError: it is ended again."""
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy, trial: Trial) -> Master:
+        """Have it make a new master beside itself (USR2); that one once it has passed its trial. ProcessError: it is
+        ended again."""
 
     async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:
         """Bring it to so many workers (TTIN, TTOU), and wait until they accept requests; ProcessError."""

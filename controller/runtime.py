@@ -464,7 +464,7 @@ class Runtime:
         report: Event | None
         try:
             group = self.state.groups.get(job.upstream)
-            report = await carry_out(job, group, self._processes, self.clock.wall())
+            report = await carry_out(job, group, self.check_for(job.upstream), self._processes, self.clock.wall())
         except HeadgateError as error:
             report = StepFailed(job.change, job.step, str(error))
         except Exception as error:

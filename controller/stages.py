@@ -9,13 +9,16 @@ from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep, StepDone
 from controller.core.model import Group, Master, Server, StepName
 from controller.core.policy import Policy, ProcessPolicy
-from controller.ports import ProcessControl, ProcessError
+from controller.ports import Check, ProcessControl, ProcessError, Trial
 
 
-async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl, at: float) -> StepDone | None:
+async def carry_out(
+    job: RunStep, group: Group | None, check: Check, processes: ProcessControl, at: float
+) -> StepDone | None:
     """Do it and report; ProcessError, HookError. Each may be repeated after a crash. None: there is nothing to report.
 
-    `group` is the job's upstream as it is now, None where nginx.conf has lost it; `at` is seconds since the epoch.
+    `group` is the job's upstream as it is now, None where nginx.conf has lost it, `check` how its servers are probed;
+    `at` is seconds since the epoch.
     """
     server = next((s for s in group.upstream.servers if s.key == job.server), None) if group else None
     policy = group.upstream.policy if group else None
@@ -49,7 +52,12 @@ async def carry_out(job: RunStep, group: Group | None, processes: ProcessControl
         return StepDone(job.change, job.step, "no process was running")
     if job.name in (StepName.TERMINATE, StepName.EXIT, StepName.KILL):
         return await _end(job, job.master, server, process, processes)
-    return await _change(job, job.master, server, process, processes)
+    if job.name is StepName.UPGRADE:
+        trial = Trial(check, policy.health.rise, policy.rollout.up_timeout)
+        new = await processes.upgrade(server, job.master, process, trial)
+        text = f"the new master {new.pid} and its {len(new.workers)} workers serve beside {job.master.pid}"
+        return StepDone(job.change, job.step, text, new)
+    return await _change(job, job.master, process, processes)
 
 
 async def _watch(master: Master | None, policy: Policy, processes: ProcessControl) -> None:
@@ -82,18 +90,13 @@ async def _end(
     return StepDone(job.change, job.step, f"killed {', '.join(map(str, killed)) or 'nothing: all were gone'}")
 
 
-async def _change(
-    job: RunStep, master: Master, server: Server, policy: ProcessPolicy, processes: ProcessControl
-) -> StepDone:
+async def _change(job: RunStep, master: Master, policy: ProcessPolicy, processes: ProcessControl) -> StepDone:
     if job.name is StepName.RELOAD:
         after = await processes.reload(master)
         text = f"asked {master.pid} for new workers"
     elif job.name is StepName.WORKERS:
         after = await processes.renewed(master, policy)
         text = f"{len(after.workers)} new workers accept requests"
-    elif job.name is StepName.UPGRADE:
-        after = await processes.upgrade(server, master, policy)
-        text = f"the new master {after.pid} and its {len(after.workers)} workers accept requests beside {master.pid}"
     else:
         after = await processes.scale(master, job.workers, policy)
         text = f"{len(after.workers)} workers, before {len(master.workers)}"

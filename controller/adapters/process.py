@@ -18,9 +18,10 @@ from controller.adapters import arbiter, gunicorn, procfs
 from controller.adapters.launch import Attempt, CommandAttempt, UnitAttempt, run_command
 from controller.adapters.pidfd import Identity, is_alive, send, wait_gone
 from controller.adapters.systemd import Unit
+from controller.adapters.trial import passed
 from controller.core.model import Master, Server
 from controller.core.policy import ProcessPolicy
-from controller.ports import ProcessError
+from controller.ports import ProcessError, Trial
 
 _POLL = 0.05  # seconds; nobody is told when a socket begins to listen
 _KILL_WAIT = 5.0  # seconds that a killed process may take to vanish
@@ -176,20 +177,22 @@ class Processes:
         with _seeing(master):
             return await arbiter.renewed(master, policy.graceful_timeout + policy.margin + policy.start_timeout)
 
-    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
-        """USR2; the new master once it listens and its workers accept requests. One that does not get so far is ended.
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy, trial: Trial) -> Master:
+        """USR2; the new master once it listens and its workers pass their trial. One that does not get so far is ended.
 
         After a crash the new master that is there already is waited for.
         """
         with _seeing(master):
             try:
-                return await arbiter.upgrade(server, master, policy.start_timeout)
+                new = await arbiter.upgrade(server, master, policy.start_timeout)
+                await passed(server, master, new, trial)
             except ProcessError:
-                if new := await arbiter.successor(master):
-                    await self.terminate(new, policy)
-                    await self.wait_exit(new, policy.margin)
-                    await self.kill(new, policy)
+                if failed := await arbiter.successor(master):
+                    await self.terminate(failed, policy)
+                    await self.wait_exit(failed, policy.margin)
+                    await self.kill(failed, policy)
                 raise
+        return new
 
     async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:
         """TTIN or TTOU until so many workers accept requests."""

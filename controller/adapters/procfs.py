@@ -144,6 +144,31 @@ def listening(server: Server, pid: int | None = None, wildcards: bool = True) ->
     return frozenset(next(filter(None, ranks), ()))
 
 
+def server_end(ours: tuple[str, int], theirs: tuple[str, int], pid: int) -> int | None:
+    """The inode of the server's end of a TCP connection in the network namespace of process `pid`, by the addresses of
+    our end and of theirs; 0 while no process has accepted it, None where it is not there."""
+    wanted = [(_address(host), port) for host, port in (theirs[:2], ours[:2])]
+    for family in ("tcp", "tcp6"):
+        for fields in _rows(f"/proc/{pid}/net/{family}"):
+            ends = [field.partition(":") for field in fields[1:3]]
+            # The ports first: they are cheap to compare, and there may be many connections.
+            if [int(port, 16) for _, _, port in ends] == [wanted[0][1], wanted[1][1]] and [
+                _kernel_address(host) for host, _, _ in ends
+            ] == [wanted[0][0], wanted[1][0]]:
+                return int(fields[9])
+    return None
+
+
+def connections(path: str, pid: int) -> list[int]:
+    """The inodes of the server's ends of all connections to a unix socket, in the network namespace of process `pid`; 0
+    for each that no process has accepted yet."""
+    net = f"/proc/{pid}/net"
+    listeners = _listening_unix(path, net)
+    rows = [fields for fields in _rows(f"{net}/unix", columns=8) if len(fields) == 8]
+    bound = {fields[7] for fields in rows if int(fields[6]) in listeners}
+    return [int(fields[6]) for fields in rows if fields[3] != _ACCEPTING and fields[7] in bound]
+
+
 def holders(inodes: Collection[int]) -> frozenset[int]:
     """Pids of all processes that hold one of these sockets, as far as we may look into them."""
     links = {f"socket:[{inode}]" for inode in inodes}

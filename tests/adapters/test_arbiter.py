@@ -13,10 +13,11 @@ import pytest
 from controller.adapters import arbiter
 from controller.adapters.process import Processes
 from controller.core.policy import ProcessPolicy
-from controller.ports import ProcessError
+from controller.ports import Check, ProcessError, Trial
 from tests.support.gunicorn import WORKER_CLASSES, eventually, free_port, get, tcp
 
 BY_SOCKET = ProcessPolicy(start_timeout=15, margin=2)
+TRIAL = Trial(Check(path="/"), rise=1, limit=15)
 
 
 @pytest.fixture
@@ -68,10 +69,10 @@ async def test_an_upgrade_is_done_when_the_workers_of_the_new_master_accept(guni
     policy = gunicorns.policy(pid_file="app.pid", start_timeout=8.0)
     await get(server)
     old = await found(server)
-    new = await processes.upgrade(server, old, policy)
+    new = await processes.upgrade(server, old, policy, TRIAL)
     assert new.pid == int((gunicorns.directory / "app.pid.2").read_text())
     assert len(new.workers) == 2
-    assert (await processes.upgrade(server, old, policy)).pid == new.pid, "it can be asked again after a crash"
+    assert (await processes.upgrade(server, old, policy, TRIAL)).pid == new.pid, "it can be asked again after a crash"
     await processes.terminate(old, policy)
     assert await processes.wait_exit(old, 15)
     assert await get(server) == "200 done"
@@ -90,11 +91,11 @@ async def test_an_upgrade_to_code_that_does_not_load_leaves_the_old_master_as_it
     old = await found(server)
     application.write_text("raise RuntimeError('the new version does not load')\n")
     with pytest.raises(ProcessError, match="ended before its workers accepted requests; the old one goes on"):
-        await processes.upgrade(server, old, gunicorns.policy(pid_file="app.pid"))
+        await processes.upgrade(server, old, gunicorns.policy(pid_file="app.pid"), TRIAL)
     assert await get(server) == "200 done"
     assert await found(server) == old
     application.write_text("from tests.support.apps import wsgi\n")
-    assert (await processes.upgrade(server, old, BY_SOCKET)).pid != old.pid, "and it can be tried again"
+    assert (await processes.upgrade(server, old, BY_SOCKET, TRIAL)).pid != old.pid, "and it can be tried again"
 
 
 async def test_an_upgrade_that_gunicorn_itself_cannot_do_ends_at_once(gunicorns, processes):
@@ -104,7 +105,7 @@ async def test_an_upgrade_that_gunicorn_itself_cannot_do_ends_at_once(gunicorns,
     await get(server)
     old = await found(server)
     with pytest.raises(ProcessError, match="ended before its workers accepted requests; the old one goes on"):
-        await processes.upgrade(server, old, ProcessPolicy(start_timeout=60))
+        await processes.upgrade(server, old, ProcessPolicy(start_timeout=60), TRIAL)
     assert await get(server) == "200 done"
 
 
@@ -117,7 +118,7 @@ async def test_a_new_master_that_comes_and_goes_between_two_looks_is_missed_by_n
     await get(server)
     old = await found(server)
     with pytest.raises(ProcessError, match="the new master ended before its workers accepted requests"):
-        await processes.upgrade(server, old, ProcessPolicy(start_timeout=11))
+        await processes.upgrade(server, old, ProcessPolicy(start_timeout=11), TRIAL)
     assert await get(server) == "200 done"
 
 
@@ -127,7 +128,7 @@ async def test_an_upgrade_that_would_hide_a_module_of_python_is_refused(gunicorn
     await eventually(lambda: "Booting worker" in gunicorns.printed(), "gunicorn")
     old = await found(server)
     with pytest.raises(ProcessError, match="was started as `python -m gunicorn`") as refused:
-        await processes.upgrade(server, old, BY_SOCKET)
+        await processes.upgrade(server, old, BY_SOCKET, TRIAL)
     assert "PYTHONSAFEPATH" in refused.value.remedy
     assert await found(server) == old
 
@@ -143,7 +144,7 @@ async def test_a_new_master_whose_workers_never_come_up_is_ended(gunicorns, proc
     application.write_text("import time\ntime.sleep(600)\n")
     before = gunicorns.alive()
     with pytest.raises(ProcessError, match=r"has made no new master that serves .* within 2 s"):
-        await processes.upgrade(server, old, ProcessPolicy(start_timeout=2, margin=1))
+        await processes.upgrade(server, old, ProcessPolicy(start_timeout=2, margin=1), TRIAL)
     assert gunicorns.alive() == before
     assert await get(server) == "200 done"
 

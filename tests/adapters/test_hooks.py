@@ -18,7 +18,7 @@ from controller.adapters.hooks import call
 from controller.core.events import RunStep
 from controller.core.model import Group, Server, StepName, Upstream
 from controller.core.policy import Hook, HookPolicy, Policy, ProcessPolicy
-from controller.ports import HookError
+from controller.ports import Check, HookError
 from controller.stages import carry_out
 from tests.support.peer import answers, hangs, peer, status, trickles
 
@@ -250,7 +250,7 @@ async def test_the_steps_of_a_change_call_their_own_hooks() -> None:
         policy = HookPolicy(*((asks(f"{called.url}/{name}"),) for name in ("before", "after", "up")))
         group = Group(Upstream("app", (SERVER,), policy=Policy(process=ProcessPolicy(), hooks=policy)), {})
         for at, name in enumerate((StepName.BEFORE_DRAIN, StepName.AFTER_DRAIN, StepName.AFTER_UP)):
-            done = await carry_out(RunStep(7, at, name, "app", SERVER.key), group, None, 12.5)  # type: ignore[arg-type]
+            done = await carry_out(RunStep(7, at, name, "app", SERVER.key), group, Check(), None, 12.5)  # type: ignore[arg-type]
             assert (done.change, done.step) == (7, at)
             assert done.detail.endswith("answered 200")
     assert called.lines == ["POST /before", "POST /after", "POST /up"]

@@ -12,7 +12,7 @@ from controller.adapters.process import NotListening, Processes
 from controller.core.events import RunStep
 from controller.core.model import Group, Master, StepName, Upstream
 from controller.core.policy import Policy, ProcessPolicy
-from controller.ports import ProcessError
+from controller.ports import Check, ProcessError
 from controller.stages import carry_out
 from tests.support.gunicorn import eventually, free_port, get, tcp
 
@@ -43,7 +43,7 @@ async def killed(gunicorns, server) -> Master:
 async def carried_out(processes, name, server, master, alone=True, policy=POLICY):
     group = Group(Upstream("app", (server,), policy=Policy(process=policy)), {})
     job = RunStep(1, 0, name, "app", server.key, master, alone=alone)
-    return await carry_out(job, group, processes, 0.0)
+    return await carry_out(job, group, Check(), processes, 0.0)
 
 
 @pytest.mark.parametrize("name", [StepName.TERMINATE, StepName.EXIT, StepName.KILL])

@@ -23,11 +23,26 @@ roll_back = ["sh", "-c", "echo back {port} >> deployed; cp old.py version.py"]
 [[upstream.app.hooks.after_drain]]
 command = ["sh", "-c", "if test -e hold; then touch held; while test -e hold; do sleep 0.05; done; fi"]
 timeout = "60s"
+
+[defaults.rollout]
+up_timeout = "5s"
 """
 WRONG_PORT = """
 def on_starting(server):
     host, port = server.cfg.address[0]
     server.cfg.set("bind", f"{host}:{port + 10000}")
+"""
+SICK = """
+def post_worker_init(worker):
+    well = worker.wsgi
+
+    def sick(environ, start_response):
+        if environ["PATH_INFO"] != "/healthz":
+            return well(environ, start_response)
+        start_response("500 Sick", [("Content-Length", "0")])
+        return [b""]
+
+    worker.wsgi = sick
 """
 
 
@@ -123,3 +138,21 @@ def test_a_new_version_that_binds_another_port_is_ended_and_rolled_back(stage: S
     assert deployed(stage) == [f"deploy {port}", f"back {port}"]
     listeners = {c.laddr.port for c in psutil.net_connections("tcp") if c.laddr and c.status == "LISTEN"}
     assert int(port) + 10000 not in listeners
+
+
+@pytest.mark.timeout(120)
+def test_an_upgrade_to_a_version_that_fails_its_check_goes_back_to_the_old_master(stage: Stage) -> None:
+    first, second, _ = stage.addresses
+    masters = [stage.master(address) for address in stage.addresses]
+    (stage.prefix / "version.py").write_text(SICK)
+    with traffic(stage):
+        record = ended(stage, stage.client.begin_change("upgrade", UPSTREAM))
+    assert record["status"] == "failed"
+    assert record["error"].startswith(f"{first}: upgrade: the workers of the new master ")
+    assert "do not pass the check within 5 s: status 500" in record["error"]
+    assert steps(record, first)[-1] == "settle"
+    assert steps(record, second) == []
+    assert [stage.master(address) for address in stage.addresses] == masters
+    master = psutil.Process(masters[0])
+    here = {process.pid for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == master.cmdline()}
+    assert here == {master.pid, *(child.pid for child in master.children())}, "nothing is left of the new one"

@@ -28,6 +28,7 @@ from controller.ports import (
     PlaneUnreachable,
     ProcessError,
     Target,
+    Trial,
 )
 from controller.runtime import Runtime
 
@@ -162,7 +163,7 @@ class HeldProcesses:
     async def renewed(self, master: Master, policy: ProcessPolicy) -> Master:
         return replace(master, workers=((3, 3.0),))
 
-    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy) -> Master:
+    async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy, trial: Trial) -> Master:
         return replace(master, pid=master.pid + 1000)
 
     async def scale(self, master: Master, workers: int, policy: ProcessPolicy) -> Master:

@@ -34,12 +34,16 @@ class Fault(Exception):
 
 
 class Endpoint(NamedTuple):
-    """What makes one probe differ from another. A weight, for one, does not."""
+    """What makes one probe differ from another. A weight, for one, does not.
+
+    `connection` is one that has been made already, and that the probe goes over.
+    """
 
     ip: str
     port: int
     host: str
     check: Check
+    connection: socket.socket | None = None
 
     @classmethod
     def of(cls, server: Server, check: Check) -> Endpoint:
@@ -55,6 +59,8 @@ class Endpoint(NamedTuple):
 
 async def connect(endpoint: Endpoint) -> socket.socket:
     """A connection, non-blocking; the caller closes it."""
+    if endpoint.connection:
+        return endpoint.connection
     path = endpoint.path
     family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in endpoint.ip else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -92,7 +92,7 @@ class NetProber:
             reason = "ok"
             try:
                 async with asyncio.timeout(check.timeout):
-                    detail = await _probe(watch.endpoint)
+                    detail = await ask(watch.endpoint)
             except Exception as error:  # noqa: BLE001 - whatever a server does to its client is the server's failure
                 reason, detail = reason_of(error, check)
             self._tell(key, watch, reason, detail, loop.time() - watch.began)
@@ -119,8 +119,8 @@ class NetProber:
             self._emit(ProbeResult(upstream, server, reason == "ok", reason, detail, seconds))
 
 
-async def _probe(endpoint: Endpoint) -> str:
-    """What the server said; an exception where it failed."""
+async def ask(endpoint: Endpoint) -> str:
+    """Probe once: what the server said; an exception where it failed, which `reason_of` understands."""
     match endpoint.check:
         case Check(type="http", body=None):
             return await http.probe(endpoint)
