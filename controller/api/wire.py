@@ -6,7 +6,7 @@ Times named `…_at` are seconds since the epoch, all others are durations in se
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
-    model_validator,
 )
 
 from controller.core import warmup
@@ -108,26 +107,38 @@ def _count(wish: int | str, servers: int) -> int:
     return wish if isinstance(wish, int) else max(1, servers * int(wish.removesuffix("%")) // 100)
 
 
-class MeantParameter(BaseModel):
-    """What the author of nginx.conf wants of a parameter that stands there as Headgate wrote it.
+class _Meant(BaseModel):
+    """What the author of nginx.conf wants of a parameter that stands there as Headgate wrote it; null: nothing.
 
-    The line is named by its address there and its number among equal ones; null: without the parameter, a flag: "".
+    The line is named by its address there and its number among equal ones.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     upstream: str
     server: str
-    number: Annotated[StrictInt, Field(ge=0, le=MAX_ID)] = 0
-    parameter: Literal["weight", "down", "max_fails"]
-    value: Annotated[str, Field(pattern=r"^[0-9]{0,9}$")] | None
+    number: Annotated[StrictInt, BeforeValidator(_integral), Field(ge=0, le=MAX_ID)] = 0
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        number = self.value is not None and (self.value == "") is (self.parameter == "down")
-        if self.value is not None and (not number or (self.parameter == "weight" and int(self.value) < 1)):
-            raise ValueError(f"nginx takes no {self.parameter}={self.value}")
-        return self
+
+class MeantWeight(_Meant):
+    """A weight."""
+
+    parameter: Literal["weight"]
+    value: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")] | None
+
+
+class MeantDown(_Meant):
+    """The mark `down`: the empty text."""
+
+    parameter: Literal["down"]
+    value: Literal[""] | None
+
+
+class MeantMaxFails(_Meant):
+    """A number of failures."""
+
+    parameter: Literal["max_fails"]
+    value: Annotated[str, Field(pattern=r"^[0-9]{1,9}$")] | None
 
 
 class ConfigWish(BaseModel):
@@ -135,7 +146,7 @@ class ConfigWish(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    meant: list[MeantParameter] = []
+    meant: list[Annotated[MeantWeight | MeantDown | MeantMaxFails, Field(discriminator="parameter")]] = []
 
     def parameters(self) -> dict[Parameter, str | None]:
         """The same, by parameter."""
