@@ -185,7 +185,7 @@ def maint(
     answer = client.set_admin(upstream, server, "maint", force)
     print(f"{upstream}: {server} is under maintenance; no new request reaches it (table {answer['revision']})")
     if wait:
-        cli_wait.until_empty(client, upstream, server, timeout)
+        cli_wait.until_empty(client, upstream, server, answer["revision"], timeout)
 
 
 @app.command("warm-up")

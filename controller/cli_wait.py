@@ -36,21 +36,36 @@ def shown() -> Iterator[Callable[[str], None]]:
     yield say
 
 
-def until_empty(client: Client, upstream: str, server: str, timeout: float) -> None:
-    """Wait until the server has no request in flight; HeadgateError."""
-    _until(
-        *(client, upstream, server, timeout, "become empty"),
-        lambda each: f"{each['in_flight']} in flight" if each["in_flight"] else "",
-    )
+def until_empty(client: Client, upstream: str, server: str, revision: int, timeout: float) -> None:
+    """Wait until nginx, which serves `revision`, has no request in flight at the server; HeadgateError."""
+    deadline = time.monotonic() + timeout
+    with shown() as say:
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            in_flight = client.in_flight(upstream, server, revision, min(left, _ANSWER))
+            if not in_flight:
+                break
+            say(f"{upstream}: {server}: {in_flight} in flight")
+            if not left:
+                message = f"{upstream}: {server} did not become empty within {timeout:g} s ({in_flight} in flight)"
+                raise HeadgateError(message, "look at `headgate status`")
     print(f"{upstream}: {server} is empty")
 
 
 def until_serving(client: Client, upstream: str, server: str, timeout: float) -> None:
     """Wait until the server gets requests; HeadgateError."""
-    _until(
-        *(client, upstream, server, timeout, "get requests"),
-        lambda each: "" if each["effective_weight"] > 0 else view.hindrance(each),
-    )
+    deadline = time.monotonic() + timeout
+    with shown() as say:
+        while why := {
+            each["address"]: view.hindrance(each)
+            for each in client.servers(upstream, server)
+            if not each["effective_weight"] > 0
+        }:
+            if time.monotonic() > deadline:
+                message = f"{upstream}: {server} did not get requests within {timeout:g} s ({'; '.join(why.values())})"
+                raise HeadgateError(message, "look at `headgate status`")
+            say("; ".join(f"{upstream}: {address}: {each}" for address, each in why.items()))
+            time.sleep(_POLL)
     print(f"{upstream}: {server} serves")
 
 
@@ -66,18 +81,3 @@ def until_left(client: Client, answer: Json, server: str, notice: str, timeout: 
                 found = client.offline(server, upstream, id=notice, wait=min(left, _ANSWER))["servers"]
             servers += found
     return {**answer, "servers": servers}
-
-
-def _until(
-    client: Client, upstream: str, server: str, timeout: float, what: str, hindrance: Callable[[Json], str]
-) -> None:
-    deadline = time.monotonic() + timeout
-    with shown() as say:
-        while why := {
-            each["address"]: found for each in client.servers(upstream, server) if (found := hindrance(each))
-        }:
-            if time.monotonic() > deadline:
-                message = f"{upstream}: {server} did not {what} within {timeout:g} s ({'; '.join(why.values())})"
-                raise HeadgateError(message, "look at `headgate status`")
-            say("; ".join(f"{upstream}: {address}: {each}" for address, each in why.items()))
-            time.sleep(_POLL)

@@ -60,6 +60,12 @@ class Client:
         path = f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/admin"
         return self._call("PUT", path, body={"admin": admin, "force": force})
 
+    def in_flight(self, upstream: str, server: str, revision: int, wait: float) -> int:
+        """Requests in flight at a server in nginx that serves `revision`: 0 at once, others after `wait` seconds."""
+        path = f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/in-flight"
+        answer = self._call("GET", path, {"revision": revision, "wait": wait})
+        return sum(each["in_flight"] for each in answer["servers"])
+
     def warm_up(self, upstream: str, server: str) -> Json:
         """Let a server warm up anew; `{"revision"}` once nginx follows."""
         return self._call("POST", f"/v1/upstreams/{quote(upstream, safe='')}/servers/{quote(server, safe='')}/warm-up")

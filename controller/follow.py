@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-import structlog
-
 from controller.core import change, table, warmup
-from controller.core.events import Event, Outcome, PeerSeen, PlaneLost, PlaneSeen, TrafficSeen
+from controller.core.events import Event, Outcome, PeerSeen, PlaneLost, PlaneSeen, TableRefused, TrafficSeen
 from controller.core.model import Admin, Ejection, Group, Peer, State, StepName, StepState, Traffic
 from controller.ports import Clock, Counters, DataPlane, PeerCounters, PlaneRefused, PlaneUnreachable
 from controller.sampler import Sampler
-
-log = structlog.get_logger("headgate")
 
 IDLE = 1.0  # seconds between two looks at nginx while a change runs or a server warms up
 LOOK = 2.0  # the same while nothing is going on
@@ -48,6 +44,7 @@ class Follower:
         self._owner = owner
         self._plane = plane
         self._traffic: dict[str, dict[str, Traffic]] = {}  # as it was last told
+        self._sent = 0  # the revision of the last table that was sent, unless nginx refused it
 
     async def publish(self) -> None:
         """Bring nginx to the newest table, whatever happened to the ones between; for ever."""
@@ -57,15 +54,20 @@ class Follower:
             if plane.error or plane.revision >= owner.state.revision or not owner.state.configured:
                 await owner.changed(version, 60.0)
                 continue
+            newest = table.table(owner.state, owner.clock.now())
+            self._sent = owner.state.revision
             try:
-                status = await self._plane.publish(table.table(owner.state, owner.clock.now()))
+                status = await self._plane.publish(newest)
                 await owner.tell(PlaneSeen(status.boot, status.revision))
                 wait = RETRY[0]
             except PlaneUnreachable as error:
                 await owner.tell(PlaneLost(str(error)))
             except PlaneRefused as error:
-                log.error("nginx refused the table", error=str(error))
-                await owner.tell(PlaneSeen(plane.boot, error.revision) if error.revision else PlaneLost(str(error)))
+                self._sent = 0
+                if error.code == "stale_revision" and error.revision:
+                    await owner.tell(PlaneSeen(plane.boot, error.revision, ours=False))
+                else:
+                    await owner.tell(TableRefused(str(error)))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, RETRY[1])
 
@@ -93,7 +95,7 @@ class Follower:
         self.sampler.read(counters, self._owner.clock.now(), self._owner.clock.wall())
         plane = self._owner.state.plane
         if plane.error or (plane.boot, plane.revision) != (counters.boot, counters.revision):
-            self._owner.post(PlaneSeen(counters.boot, counters.revision))
+            self._owner.post(PlaneSeen(counters.boot, counters.revision, ours=counters.revision == self._sent))
         for name, group in self._owner.state.groups.items():
             self._tell_of(name, group, counters)
 

@@ -294,6 +294,9 @@ class NginxConfig:
 class ConfigSource(Protocol):
     """nginx's own configuration."""
 
+    def remember(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
+        """Last addresses of host names from an earlier life, by the address of their `server` line as written."""
+
     async def read(self) -> NginxConfig:
         """Parse the files in a thread and resolve host names (one that fails keeps its last addresses); ConfigError."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -150,8 +151,10 @@ class Runtime:
         saved, offline = await self.store.load(), await self._edge.offline()
         if saved.lost:
             self._notes.append(Note("store", saved.lost))
+        known = await self._remembered()
+        self._source.remember(recall.addresses(known))
         if saved.now == 0:
-            saved = await self._recall()
+            saved = self._recall(known)
         now = self.clock.now()
         self.state, _ = step(
             self.state,
@@ -180,16 +183,20 @@ class Runtime:
             self._spawn(loop)
         self._arm(0.0)
 
-    async def _recall(self) -> Saved:
+    async def _remembered(self) -> Mapping[str, Any]:
+        """The table of an earlier life, empty where it is not known."""
+        try:
+            return await self._plane.remembered() or {}
+        except (PlaneUnreachable, PlaneRefused):
+            return {}
+
+    def _recall(self, table: Mapping[str, Any]) -> Saved:
         """What is known without a store: the servers as nginx's table has them.
 
         Warm-ups are counted from the time of day on, for nginx may know the numbers of forgotten ones.
         """
         now = self.clock.now()
-        try:
-            known = recall.peers(await self._plane.remembered() or {}, now)
-        except (PlaneUnreachable, PlaneRefused):
-            known = {}
+        known = recall.peers(table, now)
         if known:
             away = [f"{name}: {key}" for (name, key), peer in known.items() if peer.admin is not Admin.READY]
             text = f"the store is new; {len(known)} servers are taken over as nginx's table has them"
@@ -264,9 +271,12 @@ class Runtime:
         while self.state.plane.error or self.state.plane.revision < revision:
             left = deadline - self.clock.now()
             if left <= 0:
+                plane = self.state.plane
                 raise PlaneUnreachable(
-                    f"recorded, but not yet published: {self.state.plane.error or 'nginx serves an older table'}",
-                    "it follows by itself as soon as nginx answers on its control socket",
+                    f"recorded, but not yet published: {plane.trouble or 'nginx serves an older table'}",
+                    "it follows by itself as soon as nginx takes the table"
+                    if plane.refused and not plane.error
+                    else "it follows by itself as soon as nginx answers on its control socket",
                 )
             await self.changed(self.version, left)
 
@@ -321,7 +331,7 @@ class Runtime:
 
     def problems(self) -> list[str]:
         """Why the daemon cannot do all of its work now; empty when it can."""
-        found = [self.state.config_error, self.state.plane.error, self.store_error]
+        found = [self.state.config_error, self.state.plane.trouble, self.store_error]
         if not self.state.configured and not self.state.config_error:
             found.append("nginx.conf has not been read yet")
         return [problem for problem in found if problem]
@@ -338,8 +348,9 @@ class Runtime:
             for asked in batch:
                 if asked not in wishes:
                     self._take(asked)
-            self._show(before)
+            self._aim(before)
             await self._save()
+            self._bump(before)
             for asked in wishes:
                 await self._grant(asked)
             self._turned = self.clock.now()
@@ -363,7 +374,8 @@ class Runtime:
             self.state, self._notes, self._held = before, notes, held
             asked.resolve(refusal)
             return
-        self._show(before)
+        self._aim(before)
+        self._bump(before)
         self._arm(BUSY)
         asked.resolve(outcome)
 
@@ -422,10 +434,8 @@ class Runtime:
             log.error("the store cannot be written", error=str(error))
         self.store_error = str(error)
 
-    def _show(self, before: State) -> None:
-        """See that exactly the right servers are probed, and let everybody who waits look again."""
-        if self.state is before:
-            return
+    def _aim(self, before: State) -> None:
+        """See that exactly the right servers are probed."""
         if self.state.groups is not before.groups:
             self._prober.set_targets(
                 {
@@ -436,9 +446,11 @@ class Runtime:
                     if group.peers[server.key].admin is not Admin.MAINT
                 }
             )
-        self._bump()
 
-    def _bump(self) -> None:
+    def _bump(self, before: State) -> None:
+        """Let everybody who waits look again: nginx is told now, when the state is stored."""
+        if self.state is before:
+            return
         self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
@@ -486,7 +498,7 @@ class Runtime:
             for warning in config.warnings:
                 log.warning(warning)
         self.config = config
-        return ConfigRead(config.upstreams)
+        return ConfigRead(config.upstreams, config.unhooked)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -101,8 +101,8 @@ def test_drain_answers_at_once_and_with_wait_when_the_server_is_empty(house: Hou
 
 
 def test_enable_and_maint_wait_for_what_they_promise_and_say_what_for(house: House) -> None:
-    house.plane.busy[FIRST] = 2
-    house.until(lambda: house.runtime.counters.upstreams["app"][FIRST].in_flight == 2)
+    assert house.runtime.counters.upstreams["app"][FIRST].in_flight == 0
+    house.plane.busy[FIRST] = 2  # since the counters were read last
     late = headgate(house, "maint", "app", FIRST, "--wait", "--timeout", "0.1")
     assert late.returncode == 1
     assert f"app: {FIRST} did not become empty within 0.1 s (2 in flight)" in late.stderr

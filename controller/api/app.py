@@ -119,6 +119,25 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
         group = group_of(runtime.state, upstream)
         return wire.upstream(group, runtime.state, runtime.counters, runtime.clock.now())
 
+    @app.get("/v1/upstreams/{upstream}/servers/{server:path}/in-flight", tags=["servers"])
+    async def in_flight(
+        upstream: _Upstream,
+        server: _Server,
+        revision: Annotated[int, Query(ge=0, le=wire.MAX_ID, description="Read once nginx serves this table.")] = 0,
+        wait: Annotated[float, Query(ge=0, le=60, allow_inf_nan=False, description="Seconds to wait for none.")] = 0.0,
+    ) -> wire.InFlight:
+        """Requests in flight at a server, read from nginx now; answers when there are none, or after `wait` seconds."""
+        keys = resolve(group_of(runtime.state, upstream), (server,))
+        with _not_published():
+            if wait:
+                await _unless(stop, runtime.emptied(upstream, keys, revision, wait))
+            left = await runtime.emptied(upstream, keys, revision, 0)
+            if runtime.counters.revision < revision:
+                raise PlaneUnreachable(f"nginx does not serve table {revision} yet", "ask again")
+        return wire.InFlight(
+            servers=[wire.Emptying(upstream=upstream, server=key, in_flight=count) for key, count in left.items()]
+        )
+
     @app.get("/v1/upstreams/{upstream}/servers/{server:path}", tags=["servers"])
     async def servers(upstream: _Upstream, server: _Server) -> wire.Servers:
         """One server; for a host name, each of its addresses."""

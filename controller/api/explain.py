@@ -159,8 +159,8 @@ def _why_not(facts: Facts) -> str:
 
 def _behind(facts: Facts) -> str:
     plane, revision = facts.state.plane, facts.state.revision
-    if plane.error:
-        return f"nginx still serves table {plane.revision}, and {revision} is wanted: {plane.error}."
+    if plane.trouble:
+        return f"nginx still serves table {plane.revision}, and {revision} is wanted: {plane.trouble}."
     if plane.revision < revision:
         return f"nginx still serves table {plane.revision}, and {revision} is wanted: it is on its way."
     return ""

@@ -33,6 +33,7 @@ class _Runtime(Collector):
         yield _one("headgate_revision", "Revision of the routing table that follows from the state.", state.revision)
         yield _one("headgate_plane_revision", "Revision of the routing table that nginx serves.", state.plane.revision)
         yield _one("headgate_plane_up", "Whether nginx answers on its control socket.", not state.plane.error)
+        yield _one("headgate_plane_refuses", "Whether nginx refuses the newest table.", bool(state.plane.refused))
         yield _one("headgate_config_ok", "Whether nginx.conf could be read.", not state.config_error)
         yield _one("headgate_edge_offline", "Whether this edge host as a whole was taken offline.", state.offline)
         changes = GaugeMetricFamily("headgate_changes", "Changes that the daemon has in mind.", labels=["status"])

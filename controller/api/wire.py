@@ -351,6 +351,12 @@ class Emptying(BaseModel):
     in_flight: int
 
 
+class InFlight(BaseModel):
+    """Requests in flight at a server; for a host name, at each of its addresses."""
+
+    servers: list[Emptying]
+
+
 class OfflineAnswer(Followed):
     """The notice is acknowledged. `refused` says where the server stays, for no other one serves there; `replayed`: it
     was heard before; `drained`: no request is left anywhere, and none will come."""

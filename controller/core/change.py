@@ -322,7 +322,7 @@ def _progress(state: State, number: int, now: float, seen: PeerSeen | None) -> t
         moved = False
         change = state.changes[number]
         if change.upstream not in state.groups:
-            if not state.configured:
+            if not state.configured or any(name == change.upstream for name, _ in state.departed):
                 return state, effects
             state, more = _end(state, replace(change, error=f"{change.upstream} is gone from nginx.conf"), now)
             return state, effects + more

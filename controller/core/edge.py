@@ -21,7 +21,8 @@ def obstacles(state: State, upstreams: Collection[str] = ()) -> list[str]:
     if state.plane.error:
         found.append(state.plane.error)
     elif state.plane.revision < state.revision:
-        found.append(f"nginx serves table {state.plane.revision}, and {state.revision} is the newest")
+        why = f": {state.plane.refused}" if state.plane.refused else ""
+        found.append(f"nginx serves table {state.plane.revision}, and {state.revision} is the newest{why}")
     if not state.configured:
         found.append(state.config_error or "nginx.conf has not been read yet")
     return found + [f"{each.upstream.name}: {table.count(each)}" for each in groups if not table.serves(each)]

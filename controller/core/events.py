@@ -27,9 +27,10 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class ConfigRead:
-    """nginx.conf and headgate.toml were read."""
+    """nginx.conf and headgate.toml were read. `released` names the upstreams that stand there and are not ours."""
 
     upstreams: tuple[Upstream, ...]
+    released: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,26 @@ class AgentSaid:
 
 @dataclass(frozen=True, slots=True)
 class PlaneSeen:
-    """nginx answered on its control socket (a status, or the acknowledgement of a table)."""
+    """nginx answered on its control socket (a status, or the acknowledgement of a table).
+
+    `ours`: this life of the daemon sent it the table of that revision. Another one may differ, whatever its number.
+    """
 
     boot: str
     revision: int
+    ours: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class PlaneLost:
-    """nginx did not answer, or refused the table."""
+    """nginx did not answer."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class TableRefused:
+    """nginx answered that it does not take the newest table; it goes on with the one before."""
 
     error: str
 
@@ -202,6 +214,7 @@ Event = (
     | AgentSaid
     | PlaneSeen
     | PlaneLost
+    | TableRefused
     | PeerSeen
     | TrafficSeen
     | OfflineNoticed

@@ -56,8 +56,8 @@ def _heaviest(group: Group, keys: Sequence[str], most: int) -> tuple[str, ...]:
 
 
 def refuse_emptying(group: Group, keys: Sequence[str], otherwise: str = "insist with --force") -> None:
-    """Refused when taking these servers away leaves no server that serves, and one does now."""
-    if table.serving(group) and not table.serving(group, without=keys):
+    """Refused when taking these servers away leaves no server that gets traffic, and one does now."""
+    if table.in_traffic(group) and not table.in_traffic(group, without=keys):
         raise Refused(
             "guard",
             f"{', '.join(keys)}: no other server of {group.upstream.name} serves",

@@ -17,7 +17,7 @@ def _judge_drain(state: State, change: Change, at: int, now: float, _: PeerSeen 
         return settle(state, change, at, StepState.DONE, f"published as revision {step.revision}", now)
     if now - (step.started or now) < policy.timeout:
         return state
-    why = f"nginx did not take the table within {policy.timeout:g} s: {state.plane.error or 'it serves an older one'}"
+    why = f"nginx did not take the table within {policy.timeout:g} s: {state.plane.trouble or 'it serves an older one'}"
     if policy.on_timeout == "proceed":
         return settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)
     return fail(state, change, at, why, now)

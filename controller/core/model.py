@@ -378,8 +378,17 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class Departed:
+    """A peer that left nginx.conf `at` a time."""
+
+    peer: Peer
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
+    `gone`: since when it has been missing from nginx.conf.
 
     `compared` are the readings since which outliers are looked for; `weighed` has, by key, the servers that warm up or
     have to prove themselves; `measured` are the readings since which the budget of a change is judged, and `usual` is
@@ -395,15 +404,25 @@ class Group:
     weighed: Mapping[str, Weighed] = field(default_factory=dict)
     measured: Readings | None = None
     usual: Traffic | None = None
+    gone: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """The data plane as last seen: `revision` is what nginx serves, `boot` changes when nginx was restarted."""
+    """The data plane as last seen: `revision` is what nginx serves, `boot` changes when nginx was restarted.
+
+    `error`: why nothing is known of it now; `refused`: why it does not take the newest table.
+    """
 
     boot: str = ""
     revision: int = 0
     error: str = "not seen yet"
+    refused: str = ""
+
+    @property
+    def trouble(self) -> str:
+        """Why nginx does not follow, empty where it does."""
+        return self.error or self.refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,4 +439,5 @@ class State:
     configured: bool = False  # nginx.conf has been read in this life
     offline: bool = False  # this edge host as a whole: the tier above is told to send its traffic elsewhere
     stored: Mapping[tuple[str, str], Peer] = field(default_factory=dict)  # of an earlier life, until nginx.conf is read
+    departed: Mapping[tuple[str, str], Departed] = field(default_factory=dict)  # lately, from nginx.conf
     heartbeats: Mapping[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)  # passed probes, for accrual

@@ -29,6 +29,18 @@ def peers(table: Mapping[str, Any], now: float) -> dict[tuple[str, str], Peer]:
         return {}
 
 
+def addresses(table: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The IP addresses of the host names in a routing table, by the address of their `server` line as written."""
+    found: dict[str, tuple[str, ...]] = {}
+    try:
+        servers = [server for upstream in table["upstreams"].values() for server in upstream["servers"]]
+        for written, ip in {(each["address"], each["ip"]): None for each in servers if "address" in each}:
+            found[written] = (*found.get(written, ()), ip)
+    except (AttributeError, KeyError, TypeError):
+        return {}
+    return found
+
+
 def _peer(server: Mapping[str, Any], now: float) -> Peer:
     forgiven = int(server.get("forgive", 0))
     match Routing(server["state"]):

@@ -12,11 +12,11 @@ from controller.core import (
     ejection,
     guards,
     hold,
+    membership,
     notice,
     outlier,
     panic,
     peers,
-    table,
 )
 from controller.core.events import (
     AdminWished,
@@ -39,13 +39,12 @@ from controller.core.events import (
     SteerWished,
     StepDone,
     StepFailed,
+    TableRefused,
     Ticked,
     TrafficSeen,
     WarmUpWished,
 )
-from controller.core.model import Admin, Agent, Change, Group, Peer, Plane, State, Step, Upstream, WarmUp
-
-_SILENT = Agent()
+from controller.core.model import Admin, Change, Peer, Plane, State, Step, WarmUp
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
@@ -84,11 +83,15 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case PeerSeen():
             state, effects, reading = peers.seen(state, event, now), [], event
         case Ticked():
-            state, effects = peers.tick(state, now)
+            state, effects = membership.expire(state, now)
+            state, more = peers.tick(state, now)
+            effects += more
         case PlaneSeen():
             state, effects = _plane_seen(state, event)
         case PlaneLost():
             state, effects = _plane_lost(state, event)
+        case TableRefused():
+            state, effects = _table_refused(state, event)
         case StepDone():
             state, effects = change.finish(state, event, now), []
         case StepFailed():
@@ -106,7 +109,7 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case OnlineNoticed():
             return _settled(before, *notice.online(state, event, now), now)
         case ConfigRead():
-            state, effects = _config_read(state, event)
+            state, effects = membership.read(state, event, now)
         case ConfigFailed():
             state, effects = _config_failed(state, event)
         case EdgeTold():
@@ -133,16 +136,27 @@ def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
         state = ejection.clear(state)
     elif before.error:
         notes.append(Note("plane", f"nginx answers; it serves revision {event.revision}"))
-    # Revisions go on from what nginx reports: a daemon that lost its store must not fall behind it.
-    if event.revision > state.revision:
+    # Revisions go on from what nginx reports: a daemon that lost its store, or the end of it, must not fall behind
+    # that, nor take the table of another life for its own because the numbers are the same.
+    if event.revision > state.revision or (event.revision == state.revision and not event.ours):
         state = change.renumber(replace(state, revision=event.revision + 1))
-    return replace(state, plane=Plane(event.boot, event.revision, "")), notes
+    refused = "" if event.revision >= state.revision else before.refused
+    if before.refused and not refused:
+        notes.append(Note("plane", f"nginx takes tables again; it serves revision {event.revision}"))
+    return replace(state, plane=Plane(event.boot, event.revision, "", refused)), notes
 
 
 def _plane_lost(state: State, event: PlaneLost) -> tuple[State, list[Effect]]:
     if state.plane.error == event.error:
         return state, []
     return replace(state, plane=replace(state.plane, error=event.error)), [Note("plane", event.error)]
+
+
+def _table_refused(state: State, event: TableRefused) -> tuple[State, list[Effect]]:
+    if state.plane.refused == event.error:
+        return state, []
+    text = f"nginx does not take the table, and goes on with the one before: {event.error}"
+    return replace(state, plane=replace(state.plane, refused=event.error)), [Note("plane", text)]
 
 
 def _admin_wished(state: State, event: AdminWished, now: float) -> tuple[State, list[Effect]]:
@@ -165,43 +179,6 @@ def _warm_up_wished(state: State, event: WarmUpWished, now: float) -> State:
     for key in change.resolve(change.group_of(state, event.upstream), (event.server,)):
         state = cold.wished(state, event.upstream, key, now)
     return state
-
-
-def _config_read(state: State, event: ConfigRead) -> tuple[State, list[Effect]]:
-    effects: list[Effect] = []
-    if state.config_error:
-        effects.append(Note("config", "the nginx configuration can be read again"))
-    first = not state.configured
-    groups = {upstream.name: _join(state, upstream) for upstream in event.upstreams}
-    for name, group in groups.items():
-        old = state.groups[name].peers if name in state.groups else {}
-        if not first:
-            for key in group.peers.keys() - old.keys():
-                effects.append(Note("config", f"{name}: {key} is new in nginx.conf", name, key))
-            for key in old.keys() - group.peers.keys():
-                effects.append(Note("config", f"{name}: {key} is gone from nginx.conf", name, key))
-    for name in state.groups.keys() - groups.keys():
-        effects.append(Note("config", f"upstream {name} is gone from nginx.conf, or has lost its hook", name))
-    state = replace(table.with_groups(state, groups), config_error="", configured=True, stored={}, heartbeats={})
-    return state, effects + (change.resume(state) if first else [])
-
-
-def _join(state: State, upstream: Upstream) -> Group:
-    """Configuration and living peers, joined by key.
-
-    A server that is not known is new, and serves when the probes say so; but where nothing at all is known of its
-    upstream, nginx has been sending to it before Headgate came, and goes on doing so.
-    """
-    group = state.groups.get(upstream.name, Group(upstream, {}))
-    if upstream.name in state.groups:
-        known = dict(group.peers)
-    else:
-        known = {key: peer for (name, key), peer in state.stored.items() if name == upstream.name}
-    newcomer = Peer(incumbent=not known)
-    peers = {server.key: known.get(server.key, newcomer) for server in upstream.servers}
-    if not upstream.policy.health.agent:
-        peers = {k: p if p.agent == _SILENT else replace(p, agent=_SILENT) for k, p in peers.items()}
-    return replace(group, upstream=upstream, peers=peers)
 
 
 def _config_failed(state: State, event: ConfigFailed) -> tuple[State, list[Effect]]:

@@ -64,6 +64,16 @@ def serving(group: Group, without: Iterable[str] = ()) -> tuple[str, ...]:
     )
 
 
+def in_traffic(group: Group, without: Iterable[str] = ()) -> tuple[str, ...]:
+    """The keys of the servers that get traffic, `without` some: by their own right, or where none does by failing
+    open."""
+    left_out = frozenset(without)
+    if group.tally.serving:
+        return serving(group, left_out)
+    able = (s.key for s in group.upstream.servers if routing_of(s, group.peers[s.key]) in (Routing.UP, Routing.DOWN))
+    return tuple(key for key in able if key not in left_out)
+
+
 def serves(group: Group, without: str = "") -> bool:
     """Whether any server does, `without` one."""
     left_out = without and _serves(_server_of(group, without), group.peers[without])

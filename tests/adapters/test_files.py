@@ -1,6 +1,8 @@
 """NginxFiles on real files, with a look-up of names that the tests own."""
 
 import asyncio
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,47 @@ async def test_an_upstream_with_a_name_that_never_resolved_is_left_to_nginx(hous
     names.known["gone"] = ("10.0.0.9",)
     config = await house.files.resolve_again()
     assert [each.ip for each in config.upstreams[0].servers] == ["127.0.0.1", "10.0.0.9"]
+
+
+async def test_a_new_name_that_does_not_resolve_is_an_error_where_the_upstream_is_managed_already(
+    house: House, names: Names
+) -> None:
+    """nginx refuses such a file: the old model stays, with its peers and changes."""
+    await house.read("server 127.0.0.1:81;")
+    house.write("server 127.0.0.1:81;\nserver typo:82;")
+    with pytest.raises(ConfigError, match=rf"{house.path}:5: typo does not resolve \(Name or service not known\)"):
+        await house.files.read()
+    assert await house.files.resolve_again() is None
+    names.known["typo"] = ("10.0.0.9",)
+    config = await house.files.resolve_again()
+    assert config is not None
+    assert [each.ip for each in config.upstreams[0].servers] == ["127.0.0.1", "10.0.0.9"]
+
+
+async def test_without_a_name_server_the_addresses_of_an_earlier_life_serve(house: House, names: Names) -> None:
+    names.known.clear()
+    house.files.remember({"app:82": ("10.0.0.1", "10.0.0.2"), "other": ("10.0.0.3",)})
+    config = await house.read("server app:82;")
+    assert [each.key for each in config.upstreams[0].servers] == ["app:82@10.0.0.1", "app:82@10.0.0.2"]
+    assert "app does not resolve (Name or service not known); going on with 10.0.0.1, 10.0.0.2" in config.warnings[0]
+
+
+async def test_look_ups_that_hang_keep_nothing_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = threading.Event()
+
+    def hang(*_: object, **__: object) -> list[object]:
+        silent.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    waiting = [asyncio.ensure_future(lookup(f"host-{number}")) for number in range(64)]
+    try:
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(lambda: None)
+        assert not any(each.done() for each in waiting)
+    finally:
+        silent.set()
+        assert await asyncio.gather(*waiting) == [()] * 64
 
 
 async def test_a_name_server_that_does_not_answer_is_not_asked_twice_at_once(house: House, names: Names) -> None:

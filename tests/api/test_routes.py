@@ -173,6 +173,33 @@ def test_a_wish_that_nginx_cannot_be_told_yet_is_recorded_and_said_so(
     assert server(client, FIRST)["admin"] == "maint"
 
 
+def test_a_table_that_nginx_refuses_is_said_wherever_somebody_asks(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.api.app.PUBLISH_SECONDS", 0.2)
+    house.plane.refuses = "5000 servers, and there is room for 4096"
+    with pytest.raises(ApiError, match="5000 servers") as caught:
+        client.set_admin("app", FIRST, "maint")
+    assert (caught.value.status, caught.value.code) == (503, "not_published")
+    assert "as soon as nginx takes the table" in caught.value.remedy
+    ready = requests.get(f"http://{house.api.address}/readyz", timeout=5)
+    assert (ready.status_code, "5000 servers" in ready.json()["error"]["message"]) == (503, True)
+    assert "headgate_plane_refuses 1.0" in requests.get(f"http://{house.api.address}/metrics", timeout=5).text
+    house.plane.refuses = ""
+    house.until(lambda: not house.runtime.problems())
+    assert requests.get(f"http://{house.api.address}/readyz", timeout=5).status_code == 200
+
+
+def test_requests_in_flight_are_read_now_and_for_the_table_that_is_asked_for(house: House, client: Client) -> None:
+    house.plane.busy[FIRST] = 2
+    revision = house.plane.revision
+    assert client.in_flight("app", FIRST, revision, 0.05) == 2
+    house.plane.busy.clear()
+    assert client.in_flight("app", FIRST, revision, 5.0) == 0
+    with pytest.raises(ApiError, match=f"nginx does not serve table {revision + 1} yet"):
+        client.in_flight("app", FIRST, revision + 1, 0.0)
+
+
 def test_what_does_not_exist_is_not_found(client: Client) -> None:
     assert refusal(client.upstream, "nope") == (404, "not_found")
     assert refusal(client.servers, "app", "nope") == (404, "not_found")

@@ -9,6 +9,7 @@ import pytest
 from controller.core.events import (
     ChangeWished,
     ConfigRead,
+    OfflineNoticed,
     PeerSeen,
     PlaneLost,
     PlaneSeen,
@@ -265,6 +266,26 @@ def test_stopping_every_server_is_refused_before_the_first_one_is_touched() -> N
     with pytest.raises(Refused, match="no other server"):
         world.wish(ChangeKind.STOP, A, B, C)
     assert world.state.changes == {}
+
+
+def test_where_no_server_passes_its_probes_the_last_that_gets_traffic_all_the_same_is_not_taken_away() -> None:
+    """A wrong path of the check, most often: the upstream fails open, and all of its traffic goes on."""
+    world = World().configure()
+    for key in (A, B, C):
+        world.probe(key, ok=False, times=3)
+    assert world.serving() == ()
+    for kind in (ChangeKind.DRAIN, ChangeKind.STOP):
+        with pytest.raises(Refused, match="no other server"):
+            world.wish(kind, A, B, C)
+    with pytest.raises(Refused, match="no other server"):
+        world.wish(ChangeKind.ROLLOUT, batch=3)
+    world.admin(A, Admin.MAINT)
+    world.wish(ChangeKind.DRAIN, B)
+    with pytest.raises(Refused, match="no other server"):
+        world.admin(C, Admin.MAINT)
+    with pytest.raises(Refused, match="no other server"):
+        world.take(OfflineNoticed("app", C))
+    world.admin(C, Admin.MAINT, forced=True)
 
 
 def test_several_servers_are_drained_together() -> None:

@@ -69,3 +69,14 @@ def test_a_server_that_waited_for_its_turn_is_probed_first() -> None:
 )
 def test_from_what_is_no_table_nothing_is_recalled(odd: dict[str, Any]) -> None:
     assert recall.peers(odd, NOW) == {}
+
+
+def test_addresses_of_host_names_are_recalled_by_the_line_that_has_them() -> None:
+    rows = [
+        {"key": "app:80@10.0.0.1", "address": "app:80", "ip": "10.0.0.1"},
+        {"key": "app:80@10.0.0.2", "address": "app:80", "ip": "10.0.0.2"},
+        {"key": "127.0.0.1:81", "ip": "127.0.0.1"},
+    ]
+    known = {"upstreams": {"one": {"servers": rows}, "two": {"servers": rows[:1]}}}
+    assert recall.addresses(known) == {"app:80": ("10.0.0.1", "10.0.0.2")}
+    assert recall.addresses({}) == recall.addresses({"upstreams": 3}) == {}

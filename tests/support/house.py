@@ -24,6 +24,7 @@ from controller.ports import (
     NginxConfig,
     Parameter,
     PeerCounters,
+    PlaneRefused,
     PlaneStatus,
     PlaneUnreachable,
     ProcessError,
@@ -68,12 +69,13 @@ class TestClock:
 
 
 class HeldPlane:
-    """nginx: serves what is published, unless `error`; `busy` are requests in flight by server key, `served` those
-    that were answered beyond the first hundred."""
+    """nginx: serves what is published, unless `error` or `refuses`; `busy` are requests in flight by server key,
+    `served` those that were answered beyond the first hundred."""
 
     def __init__(self) -> None:
         self.revision = 0
         self.error = ""
+        self.refuses = ""
         self.busy: dict[str, int] = {}
         self.served: dict[str, int] = {}
         self.meant: dict[Parameter, str | None] = {}
@@ -85,6 +87,8 @@ class HeldPlane:
 
     async def publish(self, table: Mapping[str, object]) -> PlaneStatus:
         await self._answer()
+        if self.refuses:
+            raise PlaneRefused("no_room", self.refuses, "make room", self.revision)
         self.revision = int(str(table["revision"]))
         return PlaneStatus("nginx", self.revision)
 
@@ -218,6 +222,9 @@ class HeldSource:
         if self.error:
             raise ConfigError(self.error, "mend it")
         return self.config
+
+    def remember(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
+        pass
 
     async def resolve_again(self) -> NginxConfig | None:
         return None

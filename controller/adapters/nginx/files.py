@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +60,30 @@ class _Witness(DiskReader):
 
 
 async def lookup(host: str) -> tuple[str, ...]:
-    """All IPv4 and IPv6 addresses of a host name that this machine can use, sorted; OSError. As nginx resolves."""
-    found = await asyncio.get_running_loop().getaddrinfo(
-        host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-    )
-    return tuple(sorted({str(address[0]) for *_, address in found}))
+    """All IPv4 and IPv6 addresses of a host name that this machine can use, sorted; OSError. As nginx resolves.
+
+    It has a thread of its own: in the loop's few, those that wait for a dead name server would keep tables from nginx.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[tuple[str, ...]] = loop.create_future()
+
+    def resolve(found: tuple[str, ...], error: Exception | None) -> None:
+        if not answer.done():
+            answer.set_exception(error) if error else answer.set_result(found)
+
+    def look() -> None:
+        found: tuple[str, ...] = ()
+        failure: Exception | None = None
+        try:
+            every = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+            found = tuple(sorted({str(address[0]) for *_, address in every}))
+        except (OSError, UnicodeError) as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile, and nobody waits
+            loop.call_soon_threadsafe(resolve, found, failure)
+
+    threading.Thread(target=look, name=f"lookup {host}", daemon=True).start()
+    return await answer
 
 
 class NginxFiles:
@@ -109,8 +130,17 @@ class NginxFiles:
         """How many files were parsed until now; a file whose content is the same as before is not parsed again."""
         return self._cache.parsed
 
+    def remember(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
+        """Last addresses of host names from an earlier life, by the address of their `server` line as written."""
+        for written, ips in addresses.items():
+            self._addresses.setdefault(written.partition(":")[0], ips)
+
     async def read(self) -> NginxConfig:
-        """Parse the files in a thread and resolve host names (one that fails keeps its last addresses); ConfigError."""
+        """Parse the files in a thread and resolve host names; ConfigError.
+
+        A name that does not resolve keeps its last addresses. One that never did is an error where it is new in an
+        upstream that is managed: nginx would refuse that configuration, too. Else that upstream is left to nginx.
+        """
         async with self._lock:
             reader = _Witness()
             try:
@@ -128,7 +158,10 @@ class NginxFiles:
         async with self._lock:
             if self._tree is None or not self._names(self._tree):
                 return None
-            config = await self._resolved(self._tree)
+            try:
+                config = await self._resolved(self._tree)
+            except ConfigError:
+                return None  # as it was
             if config == self._config:
                 return None
             self._config = config
@@ -137,6 +170,7 @@ class NginxFiles:
     async def _resolved(self, tree: Tree) -> NginxConfig:
         await self._resolve(self._names(tree))
         upstreams, warnings = [], []
+        before = {upstream.name for upstream in self._config.upstreams} if self._config else set()
         for block in tree.upstreams:
             if block.obstacle:
                 warnings.append(f"{block.obstacle} (not managed)")
@@ -148,6 +182,9 @@ class NginxFiles:
             for line in lines:
                 if error := self._failures.get(line.host):
                     last = self._addresses.get(line.host)
+                    if not last and block.name in before:
+                        message = f"{line.place}: {line.host} does not resolve ({error})"
+                        raise ConfigError(message, "correct the name, or see to it that it resolves")
                     outcome = f"going on with {', '.join(last)}" if last else f"{block.name} is left to nginx"
                     warnings.append(f"{line.place}: {line.host} does not resolve ({error}); {outcome}")
                     missing |= not last
