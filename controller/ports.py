@@ -165,8 +165,11 @@ class ProcessControl(Protocol):
     async def kill(self, master: Master, policy: ProcessPolicy) -> tuple[int, ...]:
         """KILL what is left of master and workers, each verified; the pids that were killed."""
 
-    async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
-        """Start it, unless it runs, and return its master once it listens; ProcessError with what it printed."""
+    async def start(self, upstream: str, server: Server, policy: ProcessPolicy, mark: str) -> Master:
+        """Start it, unless it runs, and return its master once it listens; ProcessError with what it printed.
+
+        What a daemon that died began with this mark is waited for, or ended first.
+        """
 
     async def ended(self, master: Master, timeout: float) -> bool:
         """Whether the master itself ended within `timeout` seconds."""

@@ -26,6 +26,7 @@ async def carry_out(
         message = f"{job.upstream}: {job.server} or its process settings are gone"
         raise ProcessError(message, "see `headgate status`")
     process = policy.process
+    mark = f"{job.upstream} {job.server} {job.change}-{job.step}"  # the same when it is repeated
     match job.name:
         case StepName.NOTIFY:
             notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
@@ -38,11 +39,10 @@ async def carry_out(
             text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
             return StepDone(job.change, job.step, text, found)
         case StepName.START:
-            started = await processes.start(job.upstream, server, process)
+            started = await processes.start(job.upstream, server, process, mark)
             return StepDone(job.change, job.step, f"master {started.pid} listens", started)
         case StepName.DEPLOY | StepName.ROLL_BACK:
             command = process.deploy if job.name is StepName.DEPLOY else process.roll_back
-            mark = f"{job.upstream} {job.server} {job.change}-{job.step}"
             await processes.run(command, job.upstream, server, process, mark)
             return StepDone(job.change, job.step, f"`{command[0]}` has done it")
         case StepName.UP:

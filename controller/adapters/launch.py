@@ -115,11 +115,11 @@ class CommandAttempt:
         directory: str | None,
         environment: Mapping[str, str],
         log: str | None,
-        mark: str | None = None,
+        mark: str,
     ) -> CommandAttempt:
         """Run `command`, appending what it prints to `log`; ProcessError where it cannot be run at all.
 
-        With a `mark` of its own, what is left of an earlier one with that mark is ended first.
+        What is left of an earlier one with the same `mark` is ended first; where that is empty it gets a new one.
         """
         if mark:
             await _end(partial(_marked, mark))

@@ -125,12 +125,12 @@ class Processes:
         self._terminated.pop((master.pid, master.created), None)
         return tuple(pid for pid, _ in family)
 
-    async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
+    async def start(self, upstream: str, server: Server, policy: ProcessPolicy, mark: str = "") -> Master:
         """Start it by its unit or command, unless it runs, and return its master once it listens.
 
-        One that is starting already, since a daemon that crashed began it, is waited for. ProcessError with what it
-        printed where it ends before it listens or does not listen within start_timeout; then what this call started
-        is killed.
+        One that is starting already, since a daemon that crashed began it, is waited for where the unit or pid file
+        shows it; else it is known by its `mark`, and ended first. ProcessError with what it printed where it ends
+        before it listens or does not listen within start_timeout; then what this call started is killed.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + policy.start_timeout
@@ -161,7 +161,7 @@ class Processes:
             elif waiting:
                 await asyncio.sleep(_POLL)
             else:
-                attempt = await _begin(upstream, server, policy, deadline - clock())
+                attempt = await _begin(upstream, server, policy, mark, deadline - clock())
 
     async def ended(self, master: Master, timeout: float) -> bool:
         """Whether the master itself ended within `timeout` seconds."""
@@ -333,14 +333,14 @@ async def _still_runs(unit: str, master: Master) -> bool:
     return main is None or procfs.within(master.pid, main, await asyncio.to_thread(procfs.table))
 
 
-async def _begin(upstream: str, server: Server, policy: ProcessPolicy, timeout: float) -> Attempt:
+async def _begin(upstream: str, server: Server, policy: ProcessPolicy, mark: str, timeout: float) -> Attempt:
     if policy.unit:
         return await UnitAttempt.begin(Unit(fill(policy.unit, upstream, server)), timeout)
     if not policy.start:
         message = f"{server.address} cannot be started: no command is configured"
         raise ProcessError(message, f"set start, or unit, in [upstream.{upstream}.process]")
     command = [fill(word, upstream, server) for word in policy.start]
-    return await CommandAttempt.begin(command, *_surroundings(upstream, server, policy))
+    return await CommandAttempt.begin(command, *_surroundings(upstream, server, policy), mark)
 
 
 def _surroundings(

@@ -310,6 +310,30 @@ async def test_a_start_that_another_life_of_the_daemon_began_is_waited_for(gunic
     assert (await processes.start("app", server, policy)).pid == earlier.pid
 
 
+@pytest.mark.parametrize("options", [(), ("--reuse-port",)], ids=["one-socket", "reuse-port"])
+async def test_a_start_of_another_life_that_nothing_points_to_is_ended_and_begun_anew(gunicorns, processes, options):
+    server = tcp(free_port())
+    config = gunicorns.directory / "conf.py"
+    config.write_text(
+        "import os, time\ndef on_starting(server):\n    while not os.path.exists('go'): time.sleep(0.02)\n"
+    )
+    policy = gunicorns.policy(*gunicorns.command(server.address, "--config", str(config), *options))
+    earlier = asyncio.ensure_future(Processes().start("app", server, policy, f"app {server.address} 1-8"))
+    await eventually(lambda: bool(gunicorns.alive()), "the first start")
+    (first,) = gunicorns.alive()
+    earlier.cancel()
+    await asyncio.gather(earlier, return_exceptions=True)
+    assert gunicorns.alive() == {first}, "it goes on without the daemon"
+    bystander = gunicorns.run("env", f"HEADGATE_START=app {server.address} 1-80", "sleep", "60")
+    again = asyncio.ensure_future(processes.start("app", server, policy, f"app {server.address} 1-8"))
+    await eventually(lambda: first not in gunicorns.alive(), "the end of the first start")
+    (gunicorns.directory / "go").touch()
+    master = await again
+    assert master.pid != first
+    here = {pid for pid in gunicorns.alive() if psutil.Process(pid).ppid() != master.pid}
+    assert here == {master.pid, bystander.pid}, "one master, and what another step started"
+
+
 async def test_a_started_master_outlives_the_daemon(gunicorns):
     server = tcp(free_port())
     script = gunicorns.directory / "daemon.py"

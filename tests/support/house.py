@@ -153,7 +153,7 @@ class HeldProcesses:
     async def kill(self, master: Master, policy: ProcessPolicy) -> tuple[int, ...]:
         return ()
 
-    async def start(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master:
+    async def start(self, upstream: str, server: Server, policy: ProcessPolicy, mark: str) -> Master:
         if self.broken:
             raise ProcessError(self.broken, "mend it")
         return Master(2000 + server.port, 2.0, "/usr/bin/python3", ((2, 2.0),))
