@@ -55,10 +55,14 @@ def status(answer: Json) -> RenderableType:
     head = Text.assemble(("headgate", "bold"), f"  table {answer['revision']}, data plane {answer['data_plane']}, ")
     if config["state"] == "ok":
         head.append("nginx.conf read")
+    elif config["state"] == "unread":
+        head.append("nginx.conf is being read", "yellow")
     else:
         head.append(f"nginx.conf cannot be read, the last good reading is in force: {config['error']}", "red")
     if answer["offline"]:
         head.append("\nthis edge is offline: checks are answered no until `headgate edge enable`", "yellow")
+    if not answer["upstreams"] and config["state"] != "ok":
+        return head
     if not answer["upstreams"]:
         return Group(head, Text("no upstream has Headgate's hook; `headgate include` shows what nginx needs", "yellow"))
     return Group(head, *(part for each in answer["upstreams"] for part in (Text(), *_upstream(each))))

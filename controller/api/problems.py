@@ -14,7 +14,7 @@ from controller.core.model import Refused
 from controller.errors import HeadgateError
 from controller.ports import StoreError
 
-_REFUSED = {"not_found": 404, "busy": 409, "guard": 409, "invalid": 422}
+_REFUSED = {"not_found": 404, "unread": 503, "busy": 409, "guard": 409, "invalid": 422}
 
 
 class Failed(HeadgateError):

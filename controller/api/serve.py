@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -88,13 +89,14 @@ def bind_unix(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        _remove_stale(path)
-        before = os.umask(0o117)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-        sock.listen()
+        with _alone_in(path.parent):
+            _remove_stale(path)
+            before = os.umask(0o117)
+            try:
+                sock.bind(str(path))
+            finally:
+                os.umask(before)
+            sock.listen()
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError):
@@ -133,6 +135,18 @@ def read_token(path: Path) -> str:
 def _address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """No other daemon binds a socket in this directory meanwhile: one that is bound and does not listen yet looks
+    stale."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_stale(path: Path) -> None:

@@ -277,7 +277,8 @@ class UpstreamView(BaseModel):
 
 
 class ConfigView(BaseModel):
-    """Whether nginx.conf could be read (`ok`), or not and why (`error`); the last good reading stays in force."""
+    """Whether nginx.conf could be read (`ok`), or not and why (`error`; the last good reading stays in force), or
+    is read for the first time (`unread`)."""
 
     state: str
     error: str | None
@@ -452,9 +453,15 @@ def status(state: State, counters: Counters, data_plane: str, now: float) -> Sta
         revision=state.revision,
         data_plane=data_plane,
         offline=state.offline,
-        config=ConfigView(state="error" if state.config_error else "ok", error=state.config_error or None),
+        config=ConfigView(state=_config_state(state), error=state.config_error or None),
         upstreams=[upstream(group, state, counters, now) for group in state.groups.values()],
     )
+
+
+def _config_state(state: State) -> str:
+    if state.config_error:
+        return "error"
+    return "ok" if state.configured else "unread"
 
 
 def upstreams(state: State, counters: Counters, config: NginxConfig | None, now: float) -> Upstreams:

@@ -166,6 +166,9 @@ def _refuse_unknown(wish: ChangeWished, policy: Policy) -> None:
 
 def group_of(state: State, upstream: str) -> Group:
     """The upstream's group; Refused, with the names that there are."""
+    if upstream not in state.groups and not state.configured:
+        why = state.config_error or "it is being read"
+        raise Refused("unread", f"nginx.conf has not been read yet: {why}", "correct it; it is taken up by itself")
     if upstream not in state.groups:
         known = ", ".join(sorted(state.groups)) or "none"
         raise Refused("not_found", f"no upstream {upstream!r} is managed", f"managed upstreams: {known}")

@@ -16,7 +16,7 @@ from controller.core.policy import Policy
 class Refused(Exception):
     """A wish that a guard or the present state does not allow; nothing has changed.
 
-    `code` is one of `not_found`, `busy`, `guard`, `invalid`; `remedy` says what the operator can do instead.
+    `code` is one of `not_found`, `unread`, `busy`, `guard`, `invalid`; `remedy` says what the operator can do instead.
     """
 
     def __init__(self, code: str, message: str, remedy: str) -> None:

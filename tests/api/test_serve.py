@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,21 @@ def test_the_socket_of_a_daemon_that_was_killed_is_replaced(tmp_path: Path) -> N
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     bind_unix(path).close()
+
+
+def test_the_socket_of_a_daemon_that_just_starts_is_not_taken_for_stale(tmp_path: Path) -> None:
+    """Between its bind and its listen a connection to it is refused, as to that of a dead one."""
+    path = tmp_path / "api.sock"
+    directory = os.open(tmp_path, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as first, ThreadPoolExecutor() as pool:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        first.bind(str(path))
+        second = pool.submit(bind_unix, path)
+        first.listen()
+        os.close(directory)
+        with pytest.raises(ListenError, match="another daemon answers"):
+            second.result(30)
+    assert path.exists()
 
 
 def test_what_is_no_socket_is_not_removed(tmp_path: Path) -> None:

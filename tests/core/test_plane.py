@@ -1,7 +1,9 @@
 """What nginx says of the table that it serves, and what follows for ours."""
 
-from controller.core.events import Note, PlaneLost, PlaneSeen, TableRefused
-from controller.core.model import Admin, ChangeKind, StepName, StepState
+import pytest
+
+from controller.core.events import ConfigFailed, Note, PlaneLost, PlaneSeen, TableRefused
+from controller.core.model import Admin, ChangeKind, Refused, StepName, StepState
 from tests.core.world import A, World
 
 
@@ -19,6 +21,14 @@ def test_a_table_of_the_same_number_from_another_life_is_not_taken_for_ours() ->
     assert world.state.revision == revision + 1
     world.take(PlaneSeen("boot", revision + 1))
     assert world.state.revision == revision + 1
+
+
+def test_before_nginx_conf_was_read_no_upstream_is_called_unknown() -> None:
+    world = World()
+    world.take(ConfigFailed("nginx.conf:7: unexpected }"))
+    with pytest.raises(Refused, match=r"nginx\.conf has not been read yet: nginx\.conf:7") as refused:
+        world.wish(ChangeKind.RESTART, A)
+    assert refused.value.code == "unread"
 
 
 def test_a_drain_waits_for_a_table_of_this_life() -> None:
