@@ -222,7 +222,8 @@ def _notes(old: Group, group: Group) -> list[Effect]:
     notes: list[Effect] = []
     for key in _changed(old, group):
         warm, prior = group.peers[key].warm_up, old.peers[key]
-        begun = warm.epoch != prior.warm_up.epoch or prior.warm_up.phase is Warmth.QUEUED
+        # One that goes on in another epoch (step.py) has begun before.
+        begun = (warm.epoch != prior.warm_up.epoch and not warm.elapsed) or prior.warm_up.phase is Warmth.QUEUED
         if begun and warm.phase is Warmth.QUEUED:
             load = _load(group, _server(group, key).backup)
             part = f"{load.cold / load.well * 100:.0f} %"

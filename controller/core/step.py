@@ -17,6 +17,8 @@ from controller.core import (
     outlier,
     panic,
     peers,
+    table,
+    warmup,
 )
 from controller.core.events import (
     AdminWished,
@@ -44,7 +46,7 @@ from controller.core.events import (
     TrafficSeen,
     WarmUpWished,
 )
-from controller.core.model import Admin, Change, Peer, Plane, State, Step, WarmUp
+from controller.core.model import Admin, Change, Peer, Plane, State, Step, Warmth, WarmUp
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Outcome]:
@@ -87,7 +89,7 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, more = peers.tick(state, now)
             effects += more
         case PlaneSeen():
-            state, effects = _plane_seen(state, event)
+            state, effects = _plane_seen(state, event, now)
         case PlaneLost():
             state, effects = _plane_lost(state, event)
         case TableRefused():
@@ -128,12 +130,12 @@ def _settled(before: State, state: State, outcome: Outcome, now: float) -> tuple
     return state, replace(outcome, effects=(*outcome.effects, *more)) if more else outcome
 
 
-def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
+def _plane_seen(state: State, event: PlaneSeen, now: float) -> tuple[State, list[Effect]]:
     before = state.plane
     notes: list[Effect] = []
     if before.boot and before.boot != event.boot:
         notes.append(Note("plane", f"nginx was restarted; it serves revision {event.revision}"))
-        state = ejection.clear(state)
+        state = _renewed(ejection.clear(state), now)
     elif before.error:
         notes.append(Note("plane", f"nginx answers; it serves revision {event.revision}"))
     # Revisions go on from what nginx reports: a daemon that lost its store, or the end of it, must not fall behind
@@ -144,6 +146,20 @@ def _plane_seen(state: State, event: PlaneSeen) -> tuple[State, list[Effect]]:
     if before.refused and not refused:
         notes.append(Note("plane", f"nginx takes tables again; it serves revision {event.revision}"))
     return replace(state, plane=Plane(event.boot, event.revision, "", refused)), notes
+
+
+def _renewed(state: State, now: float) -> State:
+    """Another nginx goes on from the last table that was written, and its own count is the lesser one. In an epoch that
+    it does not know it takes ours."""
+    for name, group in state.groups.items():
+        for key, peer in group.peers.items():
+            if peer.warm_up.phase is Warmth.RUNNING:
+                warm = replace(
+                    peer.warm_up, epoch=state.next_epoch, elapsed=warmup.elapsed(peer.warm_up, now), since=now
+                )
+                state = replace(state, next_epoch=state.next_epoch + 1)
+                state = table.with_peer(state, name, key, replace(peer, warm_up=warm))
+    return state
 
 
 def _plane_lost(state: State, event: PlaneLost) -> tuple[State, list[Effect]]:
@@ -189,12 +205,18 @@ def _config_failed(state: State, event: ConfigFailed) -> tuple[State, list[Effec
 
 def _restored(state: State, event: Restored) -> State:
     shift = event.away if event.rebooted else 0.0
+    stored = {name: _shift_peer(peer, shift) for name, peer in event.peers.items()}
+    epoch = event.next_epoch
+    if event.rebooted:  # nginx was restarted, too
+        for name, peer in stored.items():
+            if peer.warm_up.phase is Warmth.RUNNING:
+                stored[name], epoch = replace(peer, warm_up=replace(peer.warm_up, epoch=epoch)), epoch + 1
     return replace(
         state,
         revision=event.revision,
         next_change=event.next_change,
-        next_epoch=event.next_epoch,
-        stored={name: _shift_peer(peer, shift) for name, peer in event.peers.items()},
+        next_epoch=epoch,
+        stored=stored,
         changes={number: _shift_change(each, event.away) for number, each in event.changes.items()},
     )
 

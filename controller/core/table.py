@@ -298,8 +298,9 @@ def _row(group: Group, server: Server) -> tuple[object, ...]:
     warm = peer.warm_up
     ramp = _ramp(group, peer) if warmup.ramping(warm) else None
     held = warm.elapsed if warm.phase is Warmth.HELD else None
+    begun = warm.phase is not Warmth.WAITING  # nginx found it by itself, and its successor must not wait again
     said = (peer.agent.weight, peer.agent.max_conns)
-    return (replace(server, address="", place=None), routing_of(server, peer), ramp, held, said, peer.forgiven)
+    return (replace(server, address="", place=None), routing_of(server, peer), ramp, held, begun, said, peer.forgiven)
 
 
 def _weight(server: Server, peer: Peer) -> float:

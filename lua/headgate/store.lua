@@ -223,6 +223,20 @@ end
 
 local ENOENT = 2
 
+-- Ramps go on from where they are now, when the snapshot was written since the machine's start.
+local function go_on(document)
+  local written = document.written
+  if type(written) ~= "table" or written.boot_id ~= system.boot_id() then
+    return
+  end
+  local ms = math.max(0, system.monotonic() * 1000 - written.monotonic_ms)
+  each_server(document, function(_, server)
+    if type(server.warm_up) == "table" then
+      warm_up.go_on(server.warm_up, ms)
+    end
+  end)
+end
+
 --- Publishes the snapshot at `path`, the last table that was put: nginx balances as before its restart.
 -- True when it did or there is no such file; else nil and what is wrong.
 function _M.load_snapshot(path)
@@ -244,6 +258,7 @@ function _M.load_snapshot(path)
   if wrong then
     return nil, wrong.message .. "; " .. wrong.remedy
   end
+  go_on(document)
   return _M.publish(document, ngx.md5(text))
 end
 

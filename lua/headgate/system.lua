@@ -68,6 +68,14 @@ function _M.start_time(pid)
   end
 end
 
+--- The kernel's id of this uptime of the machine: monotonic() is comparable within one.
+function _M.boot_id()
+  local file = assert(io.open("/proc/sys/kernel/random/boot_id", "r"))
+  local id = file:read("*l")
+  file:close()
+  return id
+end
+
 --- `bytes` random bytes in hexadecimal.
 function _M.random_hex(bytes)
   local file = assert(io.open("/dev/urandom", "rb"))

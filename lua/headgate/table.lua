@@ -4,7 +4,8 @@
 --      {"epoch", "elapsed_ms", "duration_ms", "curve", "floor", "starts", "held"}}]}}}
 -- With method hash an upstream has "key" too, and may have "consistent" and "bound"; with random it may have "two". An
 -- upstream may have "sticky", "ignore_paths", "outlier" and "quarantine_ms"; a server "address" and "forgive"; a
--- warm_up "steps". Unknown fields are ignored. Who may be picked is said here as well: it is a property of the format.
+-- warm_up "steps"; the table "written", the moment of which its "elapsed_ms" speak. Unknown fields are ignored. Who may
+-- be picked is said here as well: it is a property of the format.
 local _M = {}
 
 _M.FORMAT = 1
@@ -165,6 +166,11 @@ local warm_up_checks = {
   { "steps", function(v) return v == nil or is_integer(v, 0, 1e6) end, "an integer, 0 for none, or absent" },
 }
 
+local written_checks = {
+  { "boot_id", function(v) return type(v) == "string" end, "the kernel's boot id" },
+  { "monotonic_ms", function(v) return is_number(v) and v >= 0 end, "a number of milliseconds, 0 or more" },
+}
+
 local function problem(code, message, remedy)
   return { code = code, message = message, remedy = remedy }
 end
@@ -255,11 +261,18 @@ function _M.validate(document)
   if not is_integer(document.revision, 1, _M.MAX_REVISION) then
     return wrong_field("table", "revision", document.revision, "revision must be an integer from 1 on")
   end
+  if document.written ~= nil and not is_table(document.written) then
+    return wrong_field("table", "written", document.written, "written must be an object, or absent")
+  end
+  local wrong = document.written and first_wrong(written_checks, document.written, "table, written")
+  if wrong then
+    return wrong
+  end
   if not is_table(document.upstreams) then
     return wrong_field("table", "upstreams", document.upstreams, "upstreams must be an object by name")
   end
   for name, upstream in pairs(document.upstreams) do
-    local wrong = check_upstream(name, upstream)
+    wrong = check_upstream(name, upstream)
     if wrong then
       return wrong
     end

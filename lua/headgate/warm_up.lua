@@ -75,4 +75,12 @@ function _M.ramp(warm_up, previous, now)
   return ramp
 end
 
+--- Lets the ramp of a table that is read again go on: `elapsed_ms` of its `warm_up` by so many milliseconds. One that
+-- is held, or waits for a first request, stands still.
+function _M.go_on(warm_up, ms)
+  if not warm_up.held and (warm_up.elapsed_ms > 0 or warm_up.starts ~= "first-request") then
+    warm_up.elapsed_ms = warm_up.elapsed_ms + ms
+  end
+end
+
 return _M

@@ -115,9 +115,13 @@ def test_what_nginx_must_know_of_a_ramp_is_a_new_revision(peer: Peer) -> None:
 
 
 def test_what_nginx_finds_by_itself_is_no_new_revision() -> None:
-    before = state(app(PLAIN), b=warm(Warmth.WAITING), c=warm(Warmth.RUNNING, 48.0))
-    for key, peer in ((B, warm(Warmth.RUNNING)), (C, warm(Warmth.RUNNING, 50.0))):
-        assert table.with_peer(before, "app", key, peer).revision == 1
+    before = state(app(PLAIN), c=warm(Warmth.RUNNING, 48.0))
+    assert table.with_peer(before, "app", C, warm(Warmth.RUNNING, 50.0)).revision == 1
+
+
+def test_a_first_request_is_a_new_revision_for_an_nginx_that_is_restarted_must_not_wait_for_it_again() -> None:
+    before = state(app(PLAIN), b=warm(Warmth.WAITING))
+    assert table.with_peer(before, "app", B, warm(Warmth.RUNNING)).revision == 2
 
 
 def test_who_waits_for_its_turn_is_healthy_and_does_not_serve() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from controller.core import table
-from controller.core.events import ConfigRead, Event, PlaneSeen, ProbeResult, TrafficSeen
+from controller.core.events import ConfigRead, Event, PeerSeen, PlaneSeen, ProbeResult, TrafficSeen
 from controller.core.model import Server, State, Traffic, Upstream, Warmth
 from controller.core.policy import OutlierPolicy, WarmUpPolicy
 from controller.core.step import step
@@ -81,3 +81,21 @@ async def test_a_ramp_holds_steps_back_and_goes_on_in_nginx_as_in_the_core() -> 
 
         await eventually(runs, "the ramp goes on")
         assert (await app.peer(cold)).warm_elapsed < 72.0
+
+
+@pytest.mark.usefixtures("lua_nginx")
+async def test_a_restarted_nginx_goes_on_with_a_ramp_from_where_the_core_is() -> None:
+    async with edge(2) as app:
+        _, cold = app.backends
+        core = Core(app)
+        await core.after(0)
+        core.now += 60.0
+        app.nginx.stop()
+        app.nginx.start()
+        assert (await app.peer(cold)).warm_elapsed < 60, "nginx goes by its own clock"
+        status = await app.plane.status()
+        core.take(PlaneSeen(status.boot, status.revision))
+        seen = await app.peer(cold)
+        core.take(PeerSeen("app", cold.key, status.revision, 0, seen.warm_epoch, seen.warm_elapsed, True))
+        await core.after(0)
+        assert 60 <= (await app.peer(cold)).warm_elapsed < 72

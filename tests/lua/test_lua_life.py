@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,41 @@ async def test_a_restarted_nginx_goes_on_from_the_snapshot_with_a_new_boot_id() 
         elapsed = (await app.peer(first)).warm_elapsed
         assert elapsed is not None
         assert 60 <= elapsed < 70
+
+
+@pytest.mark.parametrize(
+    ("ramp", "same_uptime", "elapsed"),
+    [
+        pytest.param({"elapsed_ms": 20_000}, True, 80, id="it ran, and goes on"),
+        pytest.param({"elapsed_ms": 0}, True, 60, id="from its beginning, too"),
+        pytest.param({"elapsed_ms": 20_000, "held": True}, True, 20, id="held"),
+        pytest.param({"starts": "first-request"}, True, 0, id="no request had come"),
+        pytest.param({"elapsed_ms": 20_000}, False, 20, id="the machine was rebooted"),
+    ],
+)
+async def test_ramps_of_a_snapshot_go_on_by_the_time_since_it_was_written(
+    ramp: dict[str, Any], same_uptime: bool, elapsed: int
+) -> None:
+    async with edge(2) as app:
+        first, second = app.backends
+        await app.publish([server(first.port, warm_up=warm_up(**ramp)), server(second.port)])
+        app.nginx.stop()
+        snapshot = json.loads(app.nginx.snapshot.read_text())
+        snapshot["written"]["monotonic_ms"] -= 60_000
+        if not same_uptime:
+            snapshot["written"]["boot_id"] = "another"
+        app.nginx.snapshot.write_text(json.dumps(snapshot))
+        app.nginx.start()
+        seen = await app.peer(first)
+        assert elapsed <= seen.warm_elapsed < elapsed + 10
+        assert seen.warm_started is (ramp.get("starts") != "first-request")
+
+
+async def test_a_table_that_is_given_twice_is_the_very_same() -> None:
+    async with edge(1) as app:
+        given = table(1, [server(app.backends[0].port)])
+        before = await app.plane.publish(given)
+        assert await app.plane.publish(dict(given)) == before
 
 
 async def test_a_reload_into_code_with_another_layout_of_memory_begins_from_the_snapshot() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import structlog
 
+from controller.adapters.clock import SystemClock
 from controller.adapters.whole import put, read
 from controller.ports import Counters, Parameter, PeerCounters, PeerEjected, PlaneRefused, PlaneStatus, PlaneUnreachable
 
@@ -53,11 +54,14 @@ class LuaPlane:
     """
 
     def __init__(self, socket: Path, snapshot: Path, timeout: float = 5.0) -> None:
+        self._clock = SystemClock()
         self._socket = socket
         self._snapshot = snapshot
         self._timeout = timeout
         self._session: aiohttp.ClientSession | None = None
         self._written: bytes | None = None
+        self._given: Mapping[str, object] = {}
+        self._given_text = b""
         self._publishing = asyncio.Lock()
 
     async def status(self) -> PlaneStatus:
@@ -71,7 +75,7 @@ class LuaPlane:
         A snapshot that cannot be written is logged, and does not keep the table from nginx.
         Raises PlaneUnreachable, PlaneRefused.
         """
-        text = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
+        text = self._text(table)
         async with self._publishing:
             former = self._written or await asyncio.to_thread(read, self._snapshot)
             await self._write(text)
@@ -80,6 +84,14 @@ class LuaPlane:
             except PlaneRefused:
                 await self._write(former)
                 raise
+
+    def _text(self, table: Mapping[str, object]) -> bytes:
+        """With the moment by the clock that nginx reckons with: ramps of a snapshot go on, though nobody writes it."""
+        if self._given != table:  # a table that is given again stays the very same, for nginx has it perhaps
+            moment = {"boot_id": self._clock.boot(), "monotonic_ms": round(self._clock.now() * 1000)}
+            text = json.dumps({**table, "written": moment}, separators=(",", ":"), allow_nan=False)
+            self._given, self._given_text = table, text.encode()
+        return self._given_text
 
     async def _write(self, snapshot: bytes | None) -> None:
         try:

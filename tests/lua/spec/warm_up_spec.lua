@@ -103,6 +103,20 @@ describe("a ramp", function()
     near(2, warm_up.elapsed(stepped_back, 150))
   end)
 
+  it("goes on from a table that is read again, where it ran", function()
+    for expected, changes in pairs({
+      [7000] = { elapsed_ms = 2000 },
+      [5000] = {},
+      [5001] = { elapsed_ms = 1, starts = "first-request" },
+      [0] = { starts = "first-request" },
+      [3000] = { elapsed_ms = 3000, held = true },
+    }) do
+      local read = description(changes)
+      warm_up.go_on(read, 5000)
+      assert.equal(expected, read.elapsed_ms)
+    end
+  end)
+
   it("waits for a first request once in an epoch, whatever holds it", function()
     local late = { starts = "first-request" }
     local held = { starts = "first-request", held = true }
