@@ -19,6 +19,7 @@ from controller.core.events import (
     ChangeWished,
     ConfigFailed,
     ConfigRead,
+    ConsumersTold,
     EdgeTold,
     Effect,
     Event,
@@ -31,6 +32,7 @@ from controller.core.events import (
     RunStep,
     SteerWished,
     StepFailed,
+    TellConsumers,
     Ticked,
     WarmUpWished,
 )
@@ -61,7 +63,7 @@ from controller.ports import (
     TrafficRecord,
 )
 from controller.record import between
-from controller.stages import carry_out
+from controller.stages import carry_out, tell
 
 log = structlog.get_logger("headgate")
 
@@ -413,6 +415,8 @@ class Runtime:
         for effect in held:
             if isinstance(effect, RunStep):
                 self._spawn(self._run_step(effect))
+            elif isinstance(effect, TellConsumers):
+                self._spawn(self._tell(effect))
             elif isinstance(effect, ProbeNow):
                 self._prober.probe_now(effect.upstream, effect.server)
 
@@ -484,6 +488,16 @@ class Runtime:
             report = StepFailed(job.change, job.step, f"unexpected: {error!r}")
         if report:
             self.post(report)
+
+    async def _tell(self, wanted: TellConsumers) -> None:
+        """Tell consumers and report who heard it."""
+        group = self.state.groups.get(wanted.upstream)
+        try:
+            said = await tell(group, wanted.server, self.clock.wall())
+        except Exception as error:
+            log.exception("consumers could not be told", upstream=wanted.upstream, server=wanted.server)
+            said = f"unexpected: {error!r}"
+        self.post(ConsumersTold(wanted.upstream, wanted.server, said))
 
     async def _watch_names(self) -> None:
         """Follow the addresses of host names in `server` lines."""

@@ -1,4 +1,7 @@
-"""One step of a change, carried out by an adapter. When, and what follows, is decided in core/change.py."""
+"""One step of a change, carried out by an adapter, and the notices that go out without one.
+
+When, and what follows, is decided in core/change.py and core/notice.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,15 @@ from controller.core.policy import Policy, ProcessPolicy
 from controller.ports import Check, ProcessControl, ProcessError, Trial
 
 
+async def tell(group: Group | None, key: str, at: float) -> str:
+    """Tell the consumers of a server's upstream that it goes offline; who acknowledged, as a phrase."""
+    server = _server(group, key)
+    if group is None or server is None:
+        return "nobody was told, for it is gone from nginx.conf"
+    notice = Notice(group.upstream.name, server.key, server.ip, server.port, uuid4().hex, at)
+    return await notify(group.upstream.policy.notices, notice)
+
+
 async def carry_out(
     job: RunStep, group: Group | None, check: Check, processes: ProcessControl, at: float
 ) -> StepDone | None:
@@ -20,7 +32,9 @@ async def carry_out(
     `group` is the job's upstream as it is now, None where nginx.conf has lost it, `check` how its servers are probed;
     `at` is seconds since the epoch.
     """
-    server = next((s for s in group.upstream.servers if s.key == job.server), None) if group else None
+    if job.name is StepName.NOTIFY:
+        return StepDone(job.change, job.step, await tell(group, job.server, at))
+    server = _server(group, job.server)
     policy = group.upstream.policy if group else None
     if server is None or policy is None or policy.process is None:
         message = f"{job.upstream}: {job.server} or its process settings are gone"
@@ -28,9 +42,6 @@ async def carry_out(
     process = policy.process
     mark = f"{job.upstream} {job.server} {job.change}-{job.step}"  # the same when it is repeated
     match job.name:
-        case StepName.NOTIFY:
-            notice = Notice(job.upstream, server.key, server.ip, server.port, uuid4().hex, at)
-            return StepDone(job.change, job.step, await notify(policy.notices, notice))
         case StepName.BEFORE_DRAIN | StepName.AFTER_DRAIN | StepName.AFTER_UP:
             said = await call(getattr(policy.hooks, job.name), job.upstream, server)
             return StepDone(job.change, job.step, said)
@@ -58,6 +69,10 @@ async def carry_out(
         text = f"the new master {new.pid} and its {len(new.workers)} workers serve beside {job.master.pid}"
         return StepDone(job.change, job.step, text, new)
     return await _change(job, job.master, process, processes)
+
+
+def _server(group: Group | None, key: str) -> Server | None:
+    return next((s for s in group.upstream.servers if s.key == key), None) if group else None
 
 
 async def _watch(master: Master | None, policy: Policy, processes: ProcessControl) -> None:

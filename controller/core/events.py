@@ -195,6 +195,15 @@ class StepFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ConsumersTold:
+    """Consumers were told that this server goes offline; `said` is who acknowledged, as a phrase."""
+
+    upstream: str
+    server: str
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
 class EdgeTold:
     """This edge host as a whole goes offline, or takes traffic again."""
 
@@ -225,6 +234,7 @@ Event = (
     | SteerWished
     | StepDone
     | StepFailed
+    | ConsumersTold
     | EdgeTold
     | Ticked
 )
@@ -266,7 +276,15 @@ class ProbeNow:
     server: str
 
 
-Effect = Note | RunStep | ProbeNow
+@dataclass(frozen=True, slots=True)
+class TellConsumers:
+    """Tell the upstream's consumers that this server goes offline, and report ConsumersTold."""
+
+    upstream: str
+    server: str
+
+
+Effect = Note | RunStep | ProbeNow | TellConsumers
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controller.core import change, cold, ejection, guards, health, table
-from controller.core.events import Effect, Note, OfflineNoticed, OnlineNoticed, Outcome, ProbeNow
+from controller.core.events import (
+    ConsumersTold,
+    Effect,
+    Note,
+    OfflineNoticed,
+    OnlineNoticed,
+    Outcome,
+    ProbeNow,
+    TellConsumers,
+)
 from controller.core.model import Admin, Health, Quarantine, Refused, Server, State
 
 _HEARD = 8  # ids of notices that a peer remembers
@@ -41,7 +50,8 @@ def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Out
     """Quarantine the server. Refused for an unknown one, and for the last that serves: an upstream is never emptied.
 
     A notice with an id that was heard before is acknowledged and changes nothing: it may be a late repetition that
-    reaches a server which was restarted since.
+    reaches a server which was restarted since. Consumers are told once: not of a server whose notice stands already,
+    nor of one that is drained, for they were told then.
     """
     group = change.group_of(state, event.upstream)
     keys = change.resolve(group, (event.server,))
@@ -59,7 +69,19 @@ def offline(state: State, event: OfflineNoticed, now: float) -> tuple[State, Out
         state = table.with_peer(state, event.upstream, key, replace(peer, quarantine=(*kept, entry), heard=heard))
         text = f"{event.upstream}: {key} is quarantined for {seconds:g} s: {why}"
         effects.append(Note("quarantine", text, event.upstream, key))
+        if (
+            group.upstream.policy.notices.enabled
+            and len(kept) == len(peer.quarantine)
+            and peer.admin is not Admin.DRAIN
+        ):
+            effects.append(TellConsumers(event.upstream, key))
     return state, Outcome(tuple(effects))
+
+
+def told(event: ConsumersTold) -> Note:
+    """What came of telling the consumers, as a note."""
+    text = f"{event.upstream}: told that {event.server} goes offline: {event.said}"
+    return Note("notice", text, event.upstream, event.server)
 
 
 def online(state: State, event: OnlineNoticed, now: float) -> tuple[State, Outcome]:

@@ -26,6 +26,7 @@ from controller.core.events import (
     ChangeWished,
     ConfigFailed,
     ConfigRead,
+    ConsumersTold,
     EdgeTold,
     Effect,
     Event,
@@ -114,6 +115,8 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, effects = membership.read(state, event, now)
         case ConfigFailed():
             state, effects = _config_failed(state, event)
+        case ConsumersTold():
+            effects = [notice.told(event)]
         case EdgeTold():
             state, effects = edge.told(state, event)
         case Restored():

@@ -30,7 +30,7 @@ ONLINE = (StepName.START, *BACK)
 
 #: The steps of each kind of change, for each of its servers, in order.
 STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
-    ChangeKind.DRAIN: (StepName.DRAIN, StepName.SESSIONS, StepName.EMPTY),
+    ChangeKind.DRAIN: (StepName.DRAIN, StepName.NOTIFY, StepName.SESSIONS, StepName.EMPTY),
     ChangeKind.STOP: OFFLINE,
     ChangeKind.START: ONLINE,
     ChangeKind.RESTART: OFFLINE + ONLINE,

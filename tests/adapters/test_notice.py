@@ -15,7 +15,7 @@ from controller.adapters import notice as adapter
 from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep
 from controller.core.model import Group, Server, StepName, Upstream
-from controller.core.policy import NoticePolicy, Policy, ProcessPolicy
+from controller.core.policy import NoticePolicy, Policy
 from controller.ports import Check
 from controller.stages import carry_out
 from tests.support.peer import Behave, Peer, answers, hangs, peer, status, trickles
@@ -157,10 +157,13 @@ async def test_the_step_of_a_change_tells_of_its_server_and_records_the_sentence
     server = Server("unix:/run/a.sock", "unix:/run/a.sock", "unix:/run/a.sock", 0)
     async with consumer(answers(OK)) as told:
         notices = policy(told.url)
-        group = Group(Upstream("app", (server,), policy=Policy(process=ProcessPolicy(), notices=notices)), {})
+        group = Group(Upstream("app", (server,), policy=Policy(notices=notices)), {})  # no process is driven
         job = RunStep(7, 2, StepName.NOTIFY, "app", server.key)
         done = await carry_out(job, group, Check(), None, 12.5)  # type: ignore[arg-type]
     assert (done.change, done.step, done.detail) == (7, 2, "1 of 1 consumers acknowledged")
     ((_, body),) = told.told
     assert (body["server"], body["host"], body["port"], body["at"]) == (server.key, "unix:/run/a.sock", 0, 12.5)
     assert body["id"]
+    gone = await carry_out(replace(job, server="127.0.0.1:9"), group, Check(), None, 12.5)  # type: ignore[arg-type]
+    assert gone
+    assert gone.detail == "nobody was told, for it is gone from nginx.conf"

@@ -240,3 +240,29 @@ async def test_consumers_hear_of_a_restart_once_nginx_sends_the_server_nothing_m
     assert step["detail"] == "1 of 2 consumers acknowledged; http://127.0.0.1:1/: refused after 1 try"
     ((_, body),) = told.told
     assert (body["event"], body["server"], body["port"]) == ("offline", FIRST, 8001)
+
+
+async def test_consumers_hear_of_an_offline_notice_and_of_a_drain_by_hand_once_each(tmp_path: Path) -> None:
+    import asyncio
+
+    async with consumer(answers(OK)) as told:
+        with House(tmp_path) as house:
+            policy = replace(POLICY, process=None, notices=NoticePolicy(True, (told.url,), tries=1))
+            house.source.config = replace(house.source.config, upstreams=(replace(APP, policy=policy),))
+            client = Client(str(house.socket))
+
+            def leave() -> dict[str, Any]:
+                client.reread()
+                for _ in range(2):
+                    client.offline(FIRST, id="deploy-7")
+                heard = next(event for event in client.follow_events(0) if event["kind"] == "notice")
+                assert heard["text"] == f"app: told that {FIRST} goes offline: 1 of 1 consumers acknowledged"
+                return list(client.follow_change(client.begin_change("drain", "app", (SECOND,), force=True)))[-1]
+
+            record = await asyncio.to_thread(leave)
+    assert [(step["name"], step["state"]) for step in record["steps"]] == [
+        ("drain", "done"),
+        ("notify", "done"),
+        ("empty", "done"),
+    ]
+    assert [body["server"] for _, body in told.told] == [FIRST, SECOND]

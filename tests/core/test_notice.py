@@ -9,12 +9,15 @@ import pytest
 from controller.core import peers
 from controller.core.events import (
     ConfigRead,
+    ConsumersTold,
     Note,
     OfflineNoticed,
     OnlineNoticed,
+    Outcome,
     PeerSeen,
     ProbeNow,
     Restored,
+    TellConsumers,
     Ticked,
 )
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Health, Refused, State, StepName, StepState, Warmth
@@ -140,10 +143,67 @@ def test_consumers_are_told_after_the_drain_is_published_and_before_the_process_
     assert world.change(number).status is ChangeStatus.DONE
 
 
-def test_without_notices_there_is_no_such_step() -> None:
+@pytest.mark.parametrize("kind", [ChangeKind.RESTART, ChangeKind.DRAIN])
+def test_without_notices_there_is_no_such_step(kind: ChangeKind) -> None:
     world = settled()
-    steps = world.change(world.wish(ChangeKind.RESTART, A)).steps
+    steps = world.change(world.wish(kind, A)).steps
     assert not {StepName.NOTIFY, StepName.SESSIONS} & {s.name for s in steps}
+
+
+TELLING = replace(POLICY, notices=NoticePolicy(True, ("http://127.0.0.1:1/",)))
+
+
+def test_consumers_are_told_of_a_drain_by_hand_also_where_no_process_is_driven() -> None:
+    world = settled(replace(TELLING, process=None))
+    number = world.wish(ChangeKind.DRAIN, A)
+    assert [s.name for s in world.change(number).steps] == [StepName.DRAIN, StepName.NOTIFY, StepName.EMPTY]
+    assert [(job.name, job.server) for job in world.jobs] == [(StepName.NOTIFY, A)]
+    assert world.entry(A)["state"] == "drain"
+    world.answer()
+    assert world.change(number).status is ChangeStatus.DONE
+
+
+def test_a_drain_that_is_taken_back_while_consumers_are_told_hears_their_answer_no_more() -> None:
+    world = settled(TELLING)
+    number = world.wish(ChangeKind.DRAIN, A)
+    world.admin(A, Admin.READY)
+    assert world.change(number).status is ChangeStatus.SUPERSEDED
+    before = world.change(number)
+    world.answer()
+    assert (world.change(number), world.entry(A)["state"]) == (before, "up")
+
+
+def told(outcome: Outcome) -> list[str]:
+    return [effect.server for effect in outcome.effects if isinstance(effect, TellConsumers)]
+
+
+def test_consumers_are_told_of_a_notice_and_of_its_repetitions_no_more() -> None:
+    world = settled(TELLING)
+    assert told(world.take(OfflineNoticed("app", A, "n-1", seconds=10))) == [A]
+    assert told(world.take(OfflineNoticed("app", A, "n-1", seconds=10))) == []
+    assert told(world.take(OfflineNoticed("app", A, "n-2", seconds=10))) == [], "it has not been back since"
+    assert told(world.take(OfflineNoticed("app", A, seconds=10))) == []
+    assert told(world.take(OfflineNoticed("app", B, "n-1", seconds=10))) == [B]
+    world.pass_time(10)
+    assert told(world.take(OfflineNoticed("app", A, "n-3"))) == [A], "it was back, and goes again"
+
+
+def test_a_server_that_is_drained_and_says_so_itself_is_told_of_once() -> None:
+    world = settled(TELLING)
+    world.wish(ChangeKind.RESTART, A)
+    world.answer()
+    assert StepName.NOTIFY in [job.name for job in world.jobs]
+    assert told(world.take(OfflineNoticed("app", A, "its own"))) == []
+
+
+def test_nobody_is_told_of_a_notice_where_notices_are_off() -> None:
+    assert told(settled().take(OfflineNoticed("app", A))) == []
+
+
+def test_who_heard_of_a_notice_is_an_event() -> None:
+    outcome = settled(TELLING).take(ConsumersTold("app", A, "1 of 1 consumers acknowledged"))
+    text = f"app: told that {A} goes offline: 1 of 1 consumers acknowledged"
+    assert outcome.effects == (Note("notice", text, "app", A),)
 
 
 # --- sticky sessions ----------------------------------------------------------------------------------------------

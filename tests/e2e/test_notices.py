@@ -91,6 +91,8 @@ consumers = ["http://127.0.0.1:{consumer.port}/headgate"]
         details = {step["name"]: step["detail"] for step in record["steps"]}
         assert details["notify"] == "1 of 1 consumers acknowledged"
         assert load.finish()["failed"] == 0
-    ((told),) = consumer.told
-    assert (told["event"], told["upstream"], told["server"]) == ("offline", UPSTREAM, address)
-    assert f"{told['host']}:{told['port']}" == address
+    by_notice, by_restart = consumer.told
+    assert by_notice["id"] != by_restart["id"]
+    for told in consumer.told:
+        assert (told["event"], told["upstream"], told["server"]) == ("offline", UPSTREAM, address)
+        assert f"{told['host']}:{told['port']}" == address
