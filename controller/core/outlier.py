@@ -122,7 +122,7 @@ def _by_latency(policy: OutlierPolicy, means: Mapping[str, float]) -> list[Outli
 
 def _away(group: Group) -> list[str]:
     """The servers that are away as outliers, or ejected by nginx."""
-    return [key for key, peer in group.peers.items() if peer.ejected or any(e.kind == KIND for e in peer.quarantine)]
+    return [key for key, peer in group.peers.items() if peer.ejected or table.is_outlier(peer)]
 
 
 def _calm(state: State, name: str, counts: Mapping[str, Traffic], found: Mapping[str, Outlier]) -> State:

@@ -49,6 +49,11 @@ def routing_of(server: Server, peer: Peer) -> Routing:
     return Routing.DOWN
 
 
+def is_outlier(peer: Peer) -> bool:
+    """Whether it is away as an outlier: nginx counts it with those that it ejects itself."""
+    return any(entry.kind == "outlier" for entry in peer.quarantine)
+
+
 def judged(entry: Quarantine) -> bool:
     """Whether a quarantine is a judgement of ours, and no notice by which the server goes offline."""
     return entry.kind in ("flapping", "outlier")
@@ -265,6 +270,8 @@ def _server(group: Group, server: Server, now: float) -> dict[str, object]:
     }
     if peer.forgiven:
         entry["forgive"] = peer.forgiven
+    if is_outlier(peer):
+        entry["outlier"] = True
     if server.address != server.key:
         entry["address"] = server.address
     if warmup.ramping(peer.warm_up):
@@ -299,7 +306,7 @@ def _row(group: Group, server: Server) -> tuple[object, ...]:
     ramp = _ramp(group, peer) if warmup.ramping(warm) else None
     held = warm.elapsed if warm.phase is Warmth.HELD else None
     begun = warm.phase is not Warmth.WAITING  # nginx found it by itself, and its successor must not wait again
-    said = (peer.agent.weight, peer.agent.max_conns)
+    said = (peer.agent.weight, peer.agent.max_conns, is_outlier(peer))
     return (replace(server, address="", place=None), routing_of(server, peer), ramp, held, begun, said, peer.forgiven)
 
 

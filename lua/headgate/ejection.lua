@@ -56,7 +56,7 @@ local function eject(upstream, server, reason, now)
   local out, serving = 0, 0
   for _, each in ipairs(upstream.servers) do
     local is_out = shared[each.shared + UNTIL] > now
-    if is_out and (shared[each.shared + REASON] == MARK) == is_mark then
+    if is_out and (shared[each.shared + REASON] == MARK) == is_mark or each.outlier and not is_mark then
       out = out + 1
     end
     if each.eligible and not is_out then

@@ -2,7 +2,8 @@
 -- `now` is an argument, in seconds; lengths in a table are milliseconds. Envoy's outlier detection, where it has one.
 --
 -- Bounds on how much may be out at once, for an upstream of `size` servers: by failures floor(max_ejected x size), by
--- marks half of it, both at least 1; and whatever the reason, never the last server that would serve.
+-- marks half of it, both at least 1; and whatever the reason, never the last server that would serve. Outliers that the
+-- table's author found count with those by failures.
 local _M = {}
 
 local floor, max, min = math.floor, math.max, math.min

@@ -3,9 +3,9 @@
 --     {"key", "ip", "port", "weight", "state", "backup", "max_conns", "warm_up": null |
 --      {"epoch", "elapsed_ms", "duration_ms", "curve", "floor", "starts", "held"}}]}}}
 -- With method hash an upstream has "key" too, and may have "consistent" and "bound"; with random it may have "two". An
--- upstream may have "sticky", "ignore_paths", "outlier" and "quarantine_ms"; a server "address" and "forgive"; a
--- warm_up "steps"; the table "written", the moment of which its "elapsed_ms" speak. Unknown fields are ignored. Who may
--- be picked is said here as well: it is a property of the format.
+-- upstream may have "sticky", "ignore_paths", "outlier" and "quarantine_ms"; a server "address", "outlier" and
+-- "forgive"; a warm_up "steps"; the table "written", the moment of which its "elapsed_ms" speak. Unknown fields are
+-- ignored. Who may be picked is said here as well: it is a property of the format.
 local _M = {}
 
 _M.FORMAT = 1
@@ -92,6 +92,7 @@ local checks = {
   { "state", function(v) return STATES[v] ~= nil end, "one of up, down, drain, sessions, maint, quarantine, waiting" },
   { "backup", function(v) return type(v) == "boolean" end, "true or false" },
   { "max_conns", function(v) return is_integer(v, 0, 2 ^ 31) end, "an integer, 0 for no limit" },
+  { "outlier", function(v) return v == nil or type(v) == "boolean" end, "true or false, or absent" },
   { "forgive", function(v) return v == nil or is_integer(v, 0, _M.MAX_REVISION) end,
     "an integer, 0 or more, or absent" },
 }

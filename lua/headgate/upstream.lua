@@ -63,6 +63,7 @@ local function new_server(described, upstream)
     shared = stats.shared_offset(described.cell),
     ramp = described.ramp,
     state = described.state,
+    outlier = described.outlier,
     eligible = table_format.eligible(described.state, upstream.fail_open),
     ejected = false,
   }

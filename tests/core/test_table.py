@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from controller.core import table
-from controller.core.model import Admin, Group, Health, Peer, Routing, State, Upstream, Warmth, WarmUp
+from controller.core.model import Admin, Group, Health, Peer, Quarantine, Routing, State, Upstream, Warmth, WarmUp
 from controller.core.policy import BalancePolicy, OutlierPolicy, Policy, QuarantinePolicy, StickyPolicy, WarmUpPolicy
 from tests.core.world import A, B, C, server
 
@@ -76,6 +76,11 @@ TABLES = {
         b=warm(Warmth.RUNNING, epoch=4),
         c=warm(Warmth.HELD, 48.0, epoch=5),
         d=warm(Warmth.QUEUED, epoch=6),
+    ),
+    "outliers_beside_ejections": state(
+        app(Policy(outlier=OutlierPolicy(max_ejected=0.5)), 4),
+        b=replace(UP, quarantine=(Quarantine(NOW + 30, "success rate 0.0 % against 100.0 % of its peers", "outlier"),)),
+        c=replace(UP, quarantine=(Quarantine(NOW + 30, "its health changed 6 times within 60 s", "flapping"),)),
     ),
     "warm_up_beside_sessions": state(
         app(PLAIN), a=replace(warm(Warmth.DONE), admin=Admin.DRAIN, sessions=True), b=warm(Warmth.RUNNING, 30.0)

@@ -66,6 +66,23 @@ async def test_a_failing_server_is_ejected_on_all_workers(fault: str, reason: st
         assert bad.requests == tries == 2
 
 
+async def test_outliers_that_the_daemon_found_count_with_what_nginx_ejects() -> None:
+    async with edge(4) as app:
+        away = {"state": "down", "outlier": True}
+        entries = [server(each.port, **(away if at == 0 else {})) for at, each in enumerate(app.backends)]
+        await app.publish(entries, outlier=outlier())
+        bad, worse = app.backends[1:3]
+        bad.fault = "/fail"
+        await until_ejected(app, bad, "server_errors")
+        worse.fault = "/fail"
+        tries = worse.requests
+        while worse.requests < tries + 8:
+            await ask(app, 3)
+        assert await app.ejected(worse) is None, "half of four are away: an outlier, and one that nginx ejected"
+        await app.publish([server(each.port) for each in app.backends], outlier=outlier())
+        await until_ejected(app, worse, "server_errors")
+
+
 async def test_a_server_that_does_not_answer_in_time_is_ejected_for_timeouts() -> None:
     async with edge(2, options="proxy_read_timeout 100ms;") as app:
         await publish(app)
