@@ -112,6 +112,25 @@ CASES = [
         "nginx.data_plane",
     ),
     Case("reload-closes-clients", reloading(http("", nginx=nginx(1, 22, 1))), http(""), "nginx.data_plane"),
+    *(
+        Case("reload-ignores", reloading(http("", toml=toml)), http("", toml=toml), f"headgate.toml: {evidence}")
+        for toml, evidence in (
+            ({"defaults": {"outlier": {"errors": 5, "hosts": 3}}}, "defaults.outlier.errors, defaults.outlier.hosts"),
+            ({"upstream": {"app": {"warm_up": {"ignore_paths": ["/a"]}}}}, "upstream.app.warm_up.ignore_paths"),
+            ({"upstream": {"app": {"warm_up": {"hold_errors": 4}}}}, "upstream.app.warm_up.hold_errors"),
+            ({"defaults": {"quarantine": {"marks": True}}}, "defaults.quarantine.marks"),
+            ({"defaults": {"sticky": {"max_age": 60}}}, "defaults.sticky.max_age"),
+            ({"defaults": {"balance": {"bound": 1.25}}}, "defaults.balance.bound"),
+        )
+    ),
+    Case(
+        "reload-ignores",
+        reloading(http("", toml={"defaults": {"outlier": {"errors": 9}}, "upstream": {"app": {"drain": {}}}})),
+        reloading(
+            http("", toml={"defaults": {"warm_up": {"curve": 2, "hold_errors": 0}, "quarantine": {"marks": False}}})
+        ),
+        "headgate.toml: defaults.outlier.errors",
+    ),
     Case(
         "old-workers", http("", master=master(False, True, True)), http("", master=master(False, False, True)), "pid 11"
     ),

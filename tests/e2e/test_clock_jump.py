@@ -16,6 +16,7 @@ from controller.demo.stage import UPSTREAM, Stage, until
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 HOUR = 3600
 WARM_UP = 4.0
+QUARANTINE = 5.0
 
 
 class Deceived(Stage):
@@ -75,3 +76,26 @@ def test_a_jump_of_the_clock_changes_no_warm_up_and_loses_no_request(stage: Dece
     assert abs(warm["ended_at"] - warm["started_at"] - offset) < 60, "the daemon's own clock has jumped"
     summary = load.finish()
     assert (summary["failures"], summary["requests"] > 100) == ({}, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [HOUR, -HOUR])
+def test_a_jump_of_the_clock_neither_ends_nor_prolongs_a_quarantine(stage: Deceived, offset: int) -> None:
+    log, address = stage.prefix / "headgate.log", stage.addresses[0]
+
+    def quarantines() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = stage.client.servers(UPSTREAM, address)[0]["quarantine"]
+        return found
+
+    def all_serve() -> bool:
+        return all(each["effective_weight"] > 0 for each in stage.client.upstream(UPSTREAM)["servers"])
+
+    until(all_serve, "all servers serve", 60, log)
+    began = time.monotonic()
+    stage.client.offline(address, seconds=QUARANTINE, why="it stops")
+    stage.jump(offset)
+    assert [each["why"] for each in quarantines() if each["remaining"] <= QUARANTINE] == ["it stops"]
+    until(lambda: not quarantines(), "the end of the quarantine", QUARANTINE + 30, log)
+    assert time.monotonic() - began >= QUARANTINE, "it ended early"
+    stage.jump(0)
+    until(all_serve, "all servers serve", 60, log)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from controller.doctor.model import Facts, Found, Severity, check
+from controller.settings.tables import OutlierTable, StickyTable
 
 _PCRE2_LEAK = ((1, 21, 5), (1, 25, 3))
 _TRUNCATION = ((1, 17, 5), (1, 23, 1))
 _HTTP2_STAYS = ((1, 9, 5), (1, 27, 1))
+_LUA_ONLY = {
+    "outlier": frozenset(OutlierTable.model_fields),
+    "warm_up": frozenset({"ignore_paths", "hold_errors", "hold_latency", "hold_requests", "hold_window", "step_back"}),
+    "quarantine": frozenset({"marks"}),
+    "sticky": frozenset(StickyTable.model_fields),
+    "balance": frozenset({"bound"}),
+}  # by table
 _MIN_TIMEOUT = (1, 27, 4)  # the first version with keepalive_min_timeout
 
 
@@ -76,6 +84,28 @@ def reload_closes_clients(facts: Facts) -> Iterator[Found]:
             if newer
             else 'use data_plane = "lua", or an nginx from 1.27.4 on with `keepalive_min_timeout 5s;`',
         )
+
+
+@check("reload-ignores", Severity.HINT)
+def reload_ignores(facts: Facts) -> Iterator[Found]:
+    """Settings that only the Lua plane can follow are set on the reload plane, where they have no effect."""
+    if not facts.reloads:
+        return
+    defaults = facts.settings.defaults
+    for place, tables in {"defaults": defaults, **facts.settings.upstream}.items():
+        where = place if tables is defaults else f"upstream.{place}"
+        for name, keys in _LUA_ONLY.items():
+            table, inherited = getattr(tables, name), getattr(defaults, name)
+            given = [key for key in sorted(table.model_fields_set & keys) if getattr(table, key)]
+            if tables is not defaults:
+                given = [key for key in given if getattr(table, key) != getattr(inherited, key)]
+            if given:
+                yield Found(
+                    place,
+                    facts.setting(", ".join(f"{where}.{name}.{key}" for key in given)),
+                    f"{', '.join(given)} of [{where}.{name}] have no effect: plain nginx tells nothing of its answers",
+                    'take them out, or use data_plane = "lua"',
+                )
 
 
 @check("old-workers", Severity.WARNING)
