@@ -322,6 +322,8 @@ def _health(server: Json) -> Text:
 
 def _notes(server: Json) -> Iterator[str]:
     """What a column is too narrow for: why a server does not get its share, whatever its health."""
+    if server["held"]:
+        yield f"held by change {server['held']}, which handles its process in another upstream; `enable` brings it back"
     for entry in server["quarantine"]:
         yield f"quarantined for {duration(entry['remaining'])} more ({entry['kind']}): {entry['why']}"
     if ejected := server["ejected"]:

@@ -134,7 +134,7 @@ class Follower:
             if peer is None:
                 continue
             servers[key] = _traffic(seen, peer, self._owner.clock.now())
-            if peer.admin is Admin.DRAIN or warmup.active(peer.warm_up):
+            if peer.admin is Admin.DRAIN or peer.held or warmup.active(peer.warm_up):
                 in_flight = seen.in_flight + counters.native.get(name, 0)
                 warm = (seen.warm_epoch, seen.warm_elapsed, seen.warm_started)
                 self._owner.post(PeerSeen(name, key, counters.revision, in_flight, *warm, requests=seen.requests))
@@ -160,10 +160,11 @@ class Follower:
         """The upstreams in which a change waits for requests in flight."""
         return tuple(
             {
-                each.upstream: None
+                name: None
                 for each in change.running(self._owner.state)
                 for s in each.steps
                 if s.name is StepName.EMPTY and s.state is StepState.RUNNING
+                for name in (each.upstream, *(mate.upstream for mate in s.mates))
             }
         )
 

@@ -134,6 +134,8 @@ def _why_not(facts: Facts) -> str:
             why = f"nginx.conf marks it down{f' ({server.place})' if server.place else ''}"
         case Routing.MAINT if peer.admin is Admin.MAINT:
             why = "it is under maintenance"
+        case Routing.DRAIN if peer.held:
+            why = f"change {peer.held} of another upstream handles its process, and has not given it back"
         case Routing.DRAIN | Routing.SESSIONS if peer.admin is Admin.DRAIN:
             why = "it drains"
         case Routing.MAINT | Routing.DRAIN:
@@ -169,7 +171,7 @@ def _behind(facts: Facts) -> str:
 def _offline(facts: Facts) -> float | None:
     """Since when no new request goes to it, as recorded."""
     peer = facts.peer
-    if peer.admin is not Admin.READY:
+    if peer.held or peer.admin is not Admin.READY:
         admin = facts.newest("admin")
         drains = [each for each in _stages(facts) if each.name == "drain"]
         times = [admin.at if admin else None, *(each.ended_at or each.started_at for each in drains)]

@@ -244,7 +244,7 @@ class ServerView(BaseModel):
     `requests` counts tries since nginx started: `answered` ones, `errors` of them with a 5xx, and `failures` without an
     answer, `timeouts` of them. `response_time` is the mean of those that were answered, null where none was.
     `agent` and `ejected` are null where there is nothing to say. `change` is the unfinished change that it takes part
-    in.
+    in; `held` the change of another server that keeps it out of traffic, for both are one process.
     """
 
     address: str
@@ -265,6 +265,7 @@ class ServerView(BaseModel):
     timeouts: int
     response_time: float | None
     change: int | None
+    held: int | None
 
 
 class UpstreamView(BaseModel):
@@ -521,6 +522,7 @@ def server(
         timeouts=seen.timeouts,
         response_time=seen.seconds / seen.answered if seen.answered else None,
         change=_change_of(state, group.upstream.name, configured.key),
+        held=peer.held or None,
     )
 
 

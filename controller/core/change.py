@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.core import guards, peers, table, traffic
+from controller.core import guards, peers, shared, table, traffic
 from controller.core.events import (
     ChangeWished,
     Effect,
@@ -28,6 +28,7 @@ from controller.core.model import (
     ChangeStatus,
     Group,
     Health,
+    Mate,
     Refused,
     State,
     Steer,
@@ -76,6 +77,8 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         if wish.kind is ChangeKind.ROLL_BACK:
             keys = keys[::-1]
     _refuse_unknown(wish, group.upstream.policy)
+    if wish.kind is not ChangeKind.DRAIN:
+        keys = shared.once(group, keys)
     size = max(1, wish.batch) if StepName.UP in STEPS[wish.kind] else len(keys)
     names = steps_of(wish.kind, group.upstream.policy)
     steps = tuple(Step(name, key, at // size) for at, key in enumerate(keys) for name in names)
@@ -190,23 +193,25 @@ def resolve(group: Group, names: Sequence[str]) -> tuple[str, ...]:
 def claim(state: State, upstream: str, keys: Sequence[str], processes: bool, now: float) -> tuple[State, list[Effect]]:
     """Make way for a new wish about these servers.
 
-    A drain gives way to what is wished later of its server. Any other change keeps its servers, and while it runs no
-    second one may handle processes of the upstream: Refused.
+    A drain gives way to what is wished later of its server. Any other change keeps its servers, in whatever upstream
+    their processes stand, and while it runs no second one may handle processes of the upstream, or of one that has
+    some of them, too: Refused.
     """
     effects: list[Effect] = []
+    linked: frozenset[str] | None = None
     for change in running(state):
-        if change.upstream != upstream:
-            continue
-        shared = {step.server for step in change.steps} & set(keys)
         if change.kind is ChangeKind.DRAIN:
-            if shared:
+            if change.upstream == upstream and {step.server for step in change.steps} & set(keys):
                 change = replace(change, status=ChangeStatus.SUPERSEDED, error="another wish took its place")
                 state, more = _end(state, change, now)
                 effects += more
-        elif shared or processes:
+            continue
+        if processes and linked is None:
+            linked = shared.linked(state, upstream)
+        if change.upstream in (linked or ()) or shared.meet(state, change, upstream, keys):
             raise Refused(
                 "busy",
-                f"change {change.id} ({change.kind}) of {upstream} is {_IS[change.status]}",
+                f"change {change.id} ({change.kind}) of {change.upstream} is {_IS[change.status]}",
                 f"follow it with `headgate changes {change.id}` and try again when it has ended, or with --queue",
             )
     return state, effects
@@ -297,10 +302,16 @@ def progress(state: State, now: float, seen: PeerSeen | None = None) -> tuple[St
 
 
 def _next_in_queue(state: State, now: float) -> tuple[State, int, list[Effect]]:
-    """Begin the oldest queued change that nothing is in the way of; its id, or 0."""
+    """Begin the oldest queued change that nothing is in the way of; its id, or 0. What shares a process with it is not
+    known before nginx.conf was read."""
     for number, change in sorted(state.changes.items()):
-        if change.status is not ChangeStatus.QUEUED:
+        if change.status is not ChangeStatus.QUEUED or not state.configured:
             continue
+        if change.upstream not in state.groups:
+            if _departed(state, change):
+                continue
+            state, effects = _end(state, replace(change, error=f"{change.upstream} is gone from nginx.conf"), now)
+            return state, number, effects
         servers = tuple(dict.fromkeys(step.server for step in change.steps))
         try:
             state, effects = claim(state, change.upstream, servers, change.kind is not ChangeKind.DRAIN, now)
@@ -325,7 +336,7 @@ def _progress(state: State, number: int, now: float, seen: PeerSeen | None) -> t
         moved = False
         change = state.changes[number]
         if change.upstream not in state.groups:
-            if not state.configured or any(name == change.upstream for name, _ in state.departed):
+            if not state.configured or _departed(state, change):
                 return state, effects
             state, more = _end(state, replace(change, error=f"{change.upstream} is gone from nginx.conf"), now)
             return state, effects + more
@@ -369,7 +380,8 @@ def _advance(state: State, number: int, at: int, now: float, seen: PeerSeen | No
     if step.state is StepState.PENDING:
         return _begin_step(state, change, at, now)
     if step.name in JUDGES:
-        mine = seen if seen and (seen.upstream, seen.server) == (change.upstream, step.server) else None
+        known = {(change.upstream, step.server), *((mate.upstream, mate.server) for mate in step.mates)}
+        mine = seen if seen and (seen.upstream, seen.server) in known else None
         return JUDGES[step.name](state, change, at, now, mine), []
     return state, []
 
@@ -388,18 +400,26 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
             return _wait(state, change, at, waits, now), []
         if not change.forced:
             try:
-                guards.refuse_emptying(group, [step.server])
+                for concerned, keys in guards.concerned(state, change, (step.server,)):
+                    guards.refuse_emptying(concerned, keys)
             except Refused as refused:
                 return fail(state, change, at, f"{refused.message} ({refused.remedy})", now), []
         step = replace(step, admin=group.peers[step.server].admin)
         state = peers.drain(state, change.upstream, step.server, now)
+        if change.kind is not ChangeKind.DRAIN:
+            state, mates, effects = shared.hold(state, change, step.server)
+            step = replace(step, mates=mates)
         step = replace(step, revision=state.revision, detail="")
     elif step.name is StepName.EMPTY:
         # The table of the drain, or the later one that let go of the sessions too.
         step = replace(step, revision=max(s.revision for s in change.steps if s.server == step.server))
+        drained = nearest(change, at, StepName.DRAIN)
+        step = replace(step, mates=(Mate(change.upstream, step.server), *(drained.mates if drained else ())))
     elif step.name is StepName.UP:
         state, effects = peers.started(state, change.upstream, step.server)
         effects.append(ProbeNow(change.upstream, step.server))
+        state, more = shared.started(state, change.upstream, step.server)
+        effects += more
     elif step.name in (StepName.WARM, StepName.HOLD):
         step = replace(step, taken_out=group.peers[step.server].taken_out)
     change = with_step(change, at, step)
@@ -442,6 +462,10 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
     elif not status.ended:
         status = ChangeStatus.FAILED if error else ChangeStatus.DONE
     state = put(state, replace(change, status=status, ended=now, steps=steps, error=error))
+    for server in {step.server for step in steps if step.mates}:
+        begun = [step for step in steps if step.server == server and step.started is not None]
+        if all(step.name in EMPTYING for step in begun):
+            state = shared.release(state, change.id, (mate for step in begun for mate in step.mates))
     state = traffic.anew(_kept(state), change.upstream)
     if change.kind is ChangeKind.STOP and status is not ChangeStatus.FAILED:
         for step in steps:
@@ -462,6 +486,11 @@ def _kept(state: State) -> State:
     ended = [number for number, change in sorted(state.changes.items()) if change.status.ended]
     gone = set(ended[:-_KEPT])
     return replace(state, changes={n: each for n, each in state.changes.items() if n not in gone}) if gone else state
+
+
+def _departed(state: State, change: Change) -> bool:
+    """Whether its upstream may still come back to nginx.conf."""
+    return any(name == change.upstream for name, _ in state.departed)
 
 
 def _has(state: State, change: Change, server: str) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from controller.core import table
-from controller.core.model import Admin, Change, ChangeKind, Group, Health, Refused, Server, State, StepName, WarmUp
+from controller.core import shared, table
+from controller.core.model import Change, ChangeKind, Group, Refused, Server, State, StepName
 
 TOLERANCE = 1e-6
 """By which a reckoned load may be above a limit."""
@@ -34,13 +33,20 @@ def refuse(state: State, change: Change) -> None:
     """
     if change.forced or all(step.name is not StepName.DRAIN for step in change.steps):
         return
-    group = state.groups[change.upstream]
     for batch in batches(change):
-        together = _heaviest(group, batch, change.max_unavailable)
-        refuse_emptying(group, together)
-        # Whoever restarts a single server wants that one, as with a stop.
-        if change.kind in _IN_BATCHES or (change.kind is ChangeKind.RESTART and len(batch) > 1):
-            refuse_overload(group, together)
+        together = _heaviest(state.groups[change.upstream], batch, change.max_unavailable)
+        for group, keys in concerned(state, change, together):
+            refuse_emptying(group, keys)
+            # Whoever restarts a single server wants that one, as with a stop.
+            if change.kind in _IN_BATCHES or (change.kind is ChangeKind.RESTART and len(batch) > 1):
+                refuse_overload(group, keys)
+
+
+def concerned(state: State, change: Change, keys: Sequence[str]) -> list[tuple[Group, tuple[str, ...]]]:
+    """Each upstream that servers leave when this change takes these away, with those; its own comes first."""
+    mates = {} if change.kind is ChangeKind.DRAIN else shared.mates(state, change.upstream, keys)
+    own = (state.groups[change.upstream], (*keys, *mates.pop(change.upstream, ())))
+    return [own, *((state.groups[name], each) for name, each in mates.items())]
 
 
 _IN_BATCHES = frozenset(ChangeKind) - {ChangeKind.DRAIN, ChangeKind.STOP, ChangeKind.START, ChangeKind.RESTART}
@@ -87,21 +93,14 @@ def refuse_overload(group: Group, keys: Sequence[str]) -> None:
 
 def ahead(state: State, upstream: str) -> list[Change]:
     """The changes that are in the way of another one that handles processes of this upstream, oldest first."""
-    changes = (each for _, each in sorted(state.changes.items()))
-    return [each for each in changes if not each.status.ended and each.upstream == upstream and not _drains(each)]
+    changes = [each for _, each in sorted(state.changes.items()) if not each.status.ended]
+    found = [each for each in changes if each.kind is not ChangeKind.DRAIN]
+    names = shared.linked(state, upstream) if found else ()
+    return [each for each in found if each.upstream in names]
 
 
 def freed(state: State, upstream: str) -> State:
     """The state as if these changes had ended well: what they stop is stopped, the rest serves and is warm."""
     for change in ahead(state, upstream):
-        admin = Admin.MAINT if change.kind is ChangeKind.STOP else Admin.READY
-        for key in dict.fromkeys(step.server for step in change.steps):
-            if peer := state.groups[upstream].peers.get(key):
-                peer = replace(peer, admin=admin, health=Health.UP, warm_up=WarmUp(), sessions=False, ejected=None)
-                state = table.with_peer(state, upstream, key, peer)
-        state = replace(state, changes={n: each for n, each in state.changes.items() if n != change.id})
+        state = shared.freed(state, change)
     return state
-
-
-def _drains(change: Change) -> bool:
-    return change.kind is ChangeKind.DRAIN

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from controller.core import drain, hold, peers, warmup
+from controller.core import drain, hold, peers, shared, warmup
 from controller.core.events import PeerSeen
-from controller.core.model import Change, Group, Health, State, Step, StepName, StepState, Warmth
+from controller.core.model import Admin, Change, Group, Health, Peer, State, Step, StepName, StepState, Warmth
 from controller.core.steps import fail, nearest, put, settle, with_step
 
 
@@ -40,17 +40,27 @@ def _judge_sessions(state: State, change: Change, at: int, now: float, seen: Pee
 
 
 def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
+    """Empty is a process when each of its peers was proved to be: none of them gets anything new meanwhile."""
     step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.drain
     requested = _drained(change, at).started or now
+    left = tuple(mate for mate in step.mates if shared.peer_of(state, mate))
+    mine = next((mate for mate in left if seen and (mate.upstream, mate.server) == (seen.upstream, seen.server)), None)
+    seen = seen if mine else None
     verdict = drain.verdict(policy, requested, step.revision, seen, now)
-    if verdict is drain.Verdict.WAIT:
-        return state
     if verdict is drain.Verdict.EMPTY:
-        return settle(state, change, at, StepState.DONE, "no request in flight", now)
-    left = "requests in flight unknown: nginx does not answer"
+        left = tuple(mate for mate in left if mate is not mine)
+    if not left:
+        names = [mate.upstream for mate in _drained(change, at).mates]
+        also = f", nor by {', '.join(dict.fromkeys(names))}" if names else ""
+        return settle(state, change, at, StepState.DONE, f"no request in flight{also}", now)
+    if verdict in (drain.Verdict.WAIT, drain.Verdict.EMPTY):
+        return state if left == step.mates else put(state, with_step(change, at, replace(step, mates=left)))
+    why = "requests in flight unknown: nginx does not answer"
     if seen:
-        left = f"{seen.in_flight} request{'s' * (seen.in_flight != 1)} still in flight"
-    why = f"{left} after {policy.timeout:g} s"
+        why = f"{seen.in_flight} request{'s' * (seen.in_flight != 1)} still in flight"
+    if mine and mine.upstream != change.upstream:
+        why += f" by {mine.upstream}"
+    why += f" after {policy.timeout:g} s"
     if verdict is drain.Verdict.PROCEED:
         return settle(state, change, at, StepState.DONE, f"{why}; proceeding as drain.on_timeout says", now)
     return fail(state, change, at, why, now)
@@ -66,12 +76,15 @@ def _judge_settle(state: State, change: Change, at: int, now: float, _: PeerSeen
 
 def _judge_up(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
     step, group = change.steps[at], state.groups[change.upstream]
-    peer, limit = group.peers[step.server], group.upstream.policy.rollout.up_timeout
-    if peer.health is Health.UP:
+    limit = group.upstream.policy.rollout.up_timeout
+    down = {"": group.peers[step.server], **_awaited(state, change, at)}
+    down = {name: peer for name, peer in down.items() if peer.health is not Health.UP}
+    if not down:
         return settle(state, change, at, StepState.DONE, "probes passed", now)
     if now - (step.started or now) >= limit:
+        name, peer = next(iter(down.items()))
         why = peer.reason or "no probe has passed"
-        return fail(state, change, at, f"not up within {limit:g} s: {why}", now)
+        return fail(state, change, at, f"not up{name and f' in {name}'} within {limit:g} s: {why}", now)
     return state
 
 
@@ -85,10 +98,9 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
         return fail(state, change, at, f"taken out of traffic again while warming: {why}", now)
     if why := _away(group, step):
         return _say(state, change, at, f"held: {why}")
-    if not warmup.active(warm):
-        return settle(state, change, at, StepState.DONE, f"warm after {now - (step.started or now):.1f} s", now)
-    if warm.phase is Warmth.WAITING and now - warm.since >= policy.duration:
-        return settle(state, change, at, StepState.DONE, f"no request came in {policy.duration:g} s", now)
+    idle = warm.phase is Warmth.WAITING and now - warm.since >= policy.duration
+    if idle or not warmup.active(warm):
+        return _judge_warm_mates(state, change, at, now, idle)
     if warm.phase is Warmth.HELD and warm.elapsed <= 0 and now - warm.since >= 2 * policy.step_back:
         return fail(state, change, at, f"does not warm up: {warm.why}", now)
     detail = ""
@@ -97,6 +109,22 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
     elif warm.phase is Warmth.QUEUED:
         detail = "waits until others are warm"
     return _say(state, change, at, detail)
+
+
+def _judge_warm_mates(state: State, change: Change, at: int, now: float, idle: bool) -> State:
+    """The server is warm, or idle; so are its mates to be that served before: the next batch leaves them as well."""
+    step = change.steps[at]
+    for name, peer in _awaited(state, change, at).items():
+        policy, warm = state.groups[name].upstream.policy.warm_up, peer.warm_up
+        if peer.health is Health.DOWN:
+            return fail(state, change, at, f"went down in {name} while warming: {peer.reason}", now)
+        if warm.phase is Warmth.HELD and warm.elapsed <= 0 and now - warm.since >= 2 * policy.step_back:
+            return fail(state, change, at, f"does not warm up in {name}: {warm.why}", now)
+        if warmup.active(warm) and not (warm.phase is Warmth.WAITING and now - warm.since >= policy.duration):
+            return _say(state, change, at, f"waits until it is warm in {name}")
+    patience = state.groups[change.upstream].upstream.policy.warm_up.duration
+    said = f"no request came in {patience:g} s" if idle else f"warm after {now - (step.started or now):.1f} s"
+    return settle(state, change, at, StepState.DONE, said, now)
 
 
 def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
@@ -136,6 +164,13 @@ def _drained(change: Change, at: int) -> Step:
     found = nearest(change, at, StepName.DRAIN)
     assert found is not None, "whoever is emptied was drained before"
     return found
+
+
+def _awaited(state: State, change: Change, at: int) -> dict[str, Peer]:
+    """The mates of the step's server that served before and are wanted still, by upstream."""
+    drained = nearest(change, at, StepName.DRAIN)
+    found = {mate.upstream: shared.peer_of(state, mate) for mate in drained.mates if mate.served} if drained else {}
+    return {name: peer for name, peer in found.items() if peer and peer.admin is Admin.READY}
 
 
 def _away(group: Group, step: Step) -> str:

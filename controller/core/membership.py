@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import change, health, table
+from controller.core import change, health, shared, table
 from controller.core.events import ConfigRead, Effect, Note
 from controller.core.model import Agent, Departed, Group, Peer, State, Upstream, WarmUp
 
@@ -44,6 +44,7 @@ def read(state: State, event: ConfigRead, now: float) -> tuple[State, list[Effec
                 text = f"upstream {name} is gone from nginx.conf; it stays for {LINGER:g} s in case it comes back"
                 effects.append(Note("config", text, name))
     state = replace(_with_groups(state, groups, now), config_error="", configured=True, stored={}, heartbeats={})
+    state = shared.hold_new(state)
     return state, effects + (change.resume(state) if first else [])
 
 

@@ -180,7 +180,8 @@ class Peer:
     `passes` and `fails` count results in a row; each result resets the other. `changed` has the times of its last
     changes of health, `rests` counts how often it flapped, `ejections` how often it was an outlier; `taken_out`, which
     never falls, how often its traffic took it out: by an ejection, or as an outlier. `sessions`: it drains and still
-    keeps its sticky sessions. A greater `forgiven` makes nginx forget its ejections.
+    keeps its sticky sessions. A greater `forgiven` makes nginx forget its ejections. `held` is the id of the change of
+    another server that keeps it out of traffic, for both are one process; 0: none.
     """
 
     admin: Admin = Admin.READY
@@ -199,6 +200,7 @@ class Peer:
     sessions: bool = False
     forgiven: int = 0
     taken_out: int = 0
+    held: int = 0
     heard: tuple[str, ...] = ()  # the ids of the last notices
 
 
@@ -292,6 +294,15 @@ class Steer(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Mate:
+    """A peer that is the same process as the server of a step, and whether it served when that was drained."""
+
+    upstream: str
+    server: str
+    served: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One recorded stage for one server. Steps of a lower `batch` end before those of the next one begin."""
 
@@ -308,6 +319,7 @@ class Step:
     requests: int = -1  # what `sessions` last read of the server's counter
     quiet: float | None = None  # since when that has not changed; of `hold`, when its server is back in traffic
     taken_out: int = 0  # what its server's count of that was when it began
+    mates: tuple[Mate, ...] = ()  # whom `drain` took out, too; of `empty`, all that are not proved empty yet
 
 
 @dataclass(frozen=True, slots=True)

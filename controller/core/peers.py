@@ -97,13 +97,13 @@ def started(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]
     before = group.peers[key]
     peer = ejection.forgive(before)
     notes = ejection.forgiven(upstream, key, before, peer, "it was started anew")
-    return table.with_peer(state, upstream, key, replace(health.forget(peer), admin=Admin.READY)), notes
+    return table.with_peer(state, upstream, key, replace(health.forget(peer), admin=Admin.READY, held=0)), notes
 
 
 def pardon(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]:
     """An operator wants the server to serve: whatever it was sent away for is forgotten."""
     before = state.groups[upstream].peers[key]
-    peer = ejection.forgive(before, everything=True)
+    peer = replace(ejection.forgive(before, everything=True), held=0)
     return table.with_peer(state, upstream, key, peer), ejection.forgiven(upstream, key, before, peer, "it was enabled")
 
 
@@ -186,7 +186,7 @@ def _turned(state: State, name: str, key: str, peer: Peer, after: str, now: floa
     group = state.groups[name]
     before = group.peers[key]
     effects: list[Effect] = []
-    if before.health is not Health.UNKNOWN and peer.admin is Admin.READY and not peer.agent.down:
+    if before.health is not Health.UNKNOWN and peer.admin is Admin.READY and not (peer.agent.down or peer.held):
         peer, effects = _damped(group, key, peer, now)
     if peer.health is Health.UP and before.health is Health.DOWN and not flapping.resting(peer):
         old, peer = peer, ejection.forgive(peer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import peers
+from controller.core import peers, shared
 from controller.core.events import Note, RunStep
 from controller.core.model import Change, ChangeKind, State, Step, StepName, StepState
 from controller.core.policy import Policy
@@ -179,10 +179,11 @@ def fail(state: State, change: Change, at: int, why: str, now: float) -> State:
 
 
 def give_back(state: State, change: Change, at: int, now: float) -> State:
-    """The server of this step gets back what it had before it was drained."""
+    """The server of this step gets back what it had before it was drained, and so do its mates."""
     drained = nearest(change, at, StepName.DRAIN)
     if drained is None or drained.admin is None:
         return state
+    state = shared.release(state, change.id, drained.mates)
     return peers.set_admin(state, change.upstream, drained.server, drained.admin, now)
 
 

@@ -36,6 +36,8 @@ def routing_of(server: Server, peer: Peer) -> Routing:
     """
     if server.down or Admin.MAINT in (peer.admin, peer.agent.admin):
         return Routing.MAINT
+    if peer.held:
+        return Routing.DRAIN
     if peer.admin is Admin.DRAIN:
         return Routing.SESSIONS if peer.sessions else Routing.DRAIN
     if peer.agent.admin is Admin.DRAIN or peer.agent.weight <= 0:

@@ -76,8 +76,9 @@ class World:
                 self.take(PlaneSeen("boot", self.state.revision))
             for name, group in self.state.groups.items():
                 for key, peer in group.peers.items():
-                    if peer.admin is Admin.DRAIN:
-                        in_flight, requests = self.in_flight.get(key, 0), self.requests.get(key, 0)
+                    if peer.admin is Admin.DRAIN or peer.held:
+                        in_flight = self.in_flight.get(f"{name} {key}", self.in_flight.get(key, 0))
+                        requests = self.requests.get(key, 0)
                         self.take(PeerSeen(name, key, self.state.plane.revision, in_flight, requests=requests))
             if self.state is before:
                 break
