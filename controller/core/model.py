@@ -402,7 +402,8 @@ class Group:
     """An upstream and its peers by key. `fail_open`: too few servers are up, so those that are merely down serve.
     `gone`: since when it has been missing from nginx.conf.
 
-    `compared` are the readings since which outliers are looked for; `weighed` has, by key, the servers that warm up or
+    `compared` are the readings since which outliers are looked for; `pseudo_dead` has, by key, how often a server had
+    been forgiven when it was said that only its probes find it alive; `weighed`, by key, the servers that warm up or
     have to prove themselves; `measured` are the readings since which the budget of a change is judged, and `usual` is
     what the upstream as a whole did in the last such window in which no change was under way. What stands here and not
     in a peer is not stored: it begins anew with the daemon.
@@ -413,6 +414,7 @@ class Group:
     tally: Tally = Tally()
     fail_open: bool = False
     compared: Readings | None = None
+    pseudo_dead: Mapping[str, int] = field(default_factory=dict)
     weighed: Mapping[str, Weighed] = field(default_factory=dict)
     measured: Readings | None = None
     usual: Traffic | None = None

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from controller.core import table, traffic, warmup
+from controller.core import pseudo_dead, table, traffic, warmup
 from controller.core.events import Effect, Note, TrafficSeen
 from controller.core.model import Group, Quarantine, Readings, State, Traffic
 from controller.core.policy import OutlierPolicy
@@ -31,7 +31,8 @@ class Outlier:
 
 
 def compare(state: State, event: TrafficSeen, now: float) -> tuple[State, list[Effect]]:
-    """Every `interval` compare the servers of an upstream, and put the outliers in quarantine, the worst first.
+    """Every `interval` compare the servers of an upstream, and put the outliers in quarantine, the worst first; note
+    those that only their probes find alive.
 
     Never more than `max_ejected` of the servers are away, with those that nginx ejected, but one may always be; and
     never the last one that serves.
@@ -41,16 +42,15 @@ def compare(state: State, event: TrafficSeen, now: float) -> tuple[State, list[E
         return state, []
     policy = group.upstream.policy.outlier
     readings = Readings(now, event.boot, event.servers)
-    if not (policy.success_rate or policy.latency):
-        return state, []
     if group.compared and group.compared.boot == event.boot and now - group.compared.at < policy.interval:
         return state, []
-    counts = traffic.between(group.compared, readings) if group.compared else {}
+    last = group.compared or readings
+    counts = traffic.between(last, readings)
     group = replace(group, compared=readings)
     state = replace(state, groups={**state.groups, event.upstream: group})
+    state, effects = pseudo_dead.by_traffic(state, event.upstream, counts, now - last.at)
     found = {outlier.key: outlier for outlier in outliers(group, counts)}
     state = _calm(state, event.upstream, counts, found)
-    effects: list[Effect] = []
     room = max(1, math.floor(policy.max_ejected * len(group.upstream.servers))) - len(_away(group))
     for outlier in list(found.values())[: max(0, room)]:
         group = state.groups[event.upstream]

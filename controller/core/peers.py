@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.core import accrual, agent, ejection, flapping, health, hold, table, warmup
+from controller.core import accrual, agent, ejection, flapping, health, hold, pseudo_dead, table, warmup
 from controller.core.events import AgentSaid, Effect, Note, PeerSeen, ProbeResult
 from controller.core.model import Admin, Group, Health, Peer, Routing, State, Warmth
 
@@ -30,7 +30,7 @@ def probed(state: State, result: ProbeResult, now: float) -> tuple[State, list[E
         return state, []
     if peer.health is before.health:
         state = table.with_peer(state, result.upstream, result.server, peer)
-        return state, _pseudo_dead(group, result.server, before, peer)
+        return pseudo_dead.by_probes(state, result.upstream, result.server, before, peer)
     after = f"after {peer.fails} failures" if phi is None else f"with phi {phi:.1f}"
     return _turned(state, result.upstream, result.server, peer, after, now)
 
@@ -212,16 +212,6 @@ def _damped(group: Group, key: str, peer: Peer, now: float) -> tuple[Peer, list[
         rested = flapping.too_often(before, policy)  # was said before
         text = f"it changed {times}, but no other server serves, so it stays"
     return peer, [] if rested else [Note(flapping.KIND, f"{name}: {key} flaps: {text}", name, key)]
-
-
-def _pseudo_dead(group: Group, key: str, before: Peer, peer: Peer) -> list[Effect]:
-    """A note where the probes pass again and again while nginx keeps the server away."""
-    policy = group.upstream.policy
-    if peer.ejected is None or peer.health is not Health.UP or not before.passes < peer.passes == policy.health.rise:
-        return []
-    why = ejection.reason(peer.ejected, policy.outlier)
-    text = f"{group.upstream.name}: {key} is pseudo-dead: its probes pass, and nginx ejected it after {why}"
-    return [Note("pseudo-dead", text, group.upstream.name, key)]
 
 
 def _health_note(group: Group, key: str, after: str) -> Note:
