@@ -4,13 +4,18 @@ The three take turns within one run on the same backend; each figure is the medi
 the ratios to native nginx. CPU is the worker's time on a processor as the kernel accounts it (schedstat, nanoseconds),
 not throughput: it is steady where throughput is not. Needs nginx with the Lua module, haproxy and wrk.
 
-    python -m tests.bench.plane_cpu [--servers 4] [--rounds 15] [--seconds 1]
+    python -m tests.bench.plane_cpu [--servers 4] [--rounds 15] [--seconds 1] [--ways]
+
+`--ways` compares each method, and everything at once, with the same method of native nginx (round robin where it has
+none), on 4 servers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -19,8 +24,9 @@ import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.support.nginx import Nginx, free_port, missing_parts, wait_until
 
@@ -40,11 +46,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """A running balancer: where it listens, and the process whose CPU counts."""
+    """A running balancer: where it listens, the process whose CPU counts, and a script of what wrk sends, if any."""
 
     name: str
     port: int
     pid: int
+    script: str = ""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to balance: what the Lua plane's table says of it, and native nginx's directive."""
+
+    name: str
+    native: str
+    upstream: dict[str, object]
+    servers: dict[str, object] = field(default_factory=dict)
+    ramp: dict[str, object] | None = None
+    sticky: bool = False
+
+
+STICKY = {"cookie": "route", "path": "/", "secure": True, "http_only": True, "same_site": "Lax", "max_age": 3600}
+RAMP = {"epoch": 1, "elapsed_ms": 1, "duration_ms": 3_600_000, "curve": 2.0, "floor": 0.1, "starts": "first-request"}
+WAYS = (
+    Way(
+        "sticky, max_conns, a ramp, ignored paths",
+        "",
+        {"method": "round_robin", "sticky": STICKY, "ignore_paths": ["/healthz", "/ready"]},
+        {"max_conns": 1000},
+        {**RAMP, "held": False},
+        sticky=True,
+    ),
+    Way("least_conn", "least_conn;", {"method": "least_conn"}),
+    Way("ewma", "", {"method": "ewma"}),
+    Way("hash", "hash $request_id consistent;", {"method": "hash", "key": "$request_id", "consistent": True}),
+    Way("random two", "random two least_conn;", {"method": "random", "two": True}),
+)
 
 
 def missing() -> str | None:
@@ -70,13 +107,38 @@ def table(ips: list[str], port: int) -> dict[str, object]:
     return {"format": 1, "revision": 1, "upstreams": {"app": upstream}}
 
 
-def nginx_http(ips: list[str], backend: int, port: int, hook: str) -> str:
-    """The proxying http{} content; the same for both nginx rows but for the hook."""
+def ways_table(ips: list[str], port: int) -> dict[str, object]:
+    """A table with an upstream for each way, with all that watches the answers."""
+    plain: Any = table(ips, port)
+    app = plain["upstreams"]["app"]
+    upstreams = {}
+    for number, way in enumerate(WAYS):
+        servers = [server | way.servers for server in app["servers"]]
+        if way.ramp:
+            servers[0] |= {"warm_up": way.ramp}
+        upstreams[f"way{number}"] = {**app, **way.upstream, "servers": servers}
+    return {**plain, "upstreams": upstreams}
+
+
+def sessions(ips: list[str], port: int) -> str:
+    """A script for wrk: nine of ten requests belong to a session, with each server in turn, one begins a new one."""
+    cookies = ", ".join(f'"{hashlib.md5(f"{ip}:{port}".encode()).hexdigest()}"' for ip in ips)
+    return (
+        f"local cookies, sent, made = {{ {cookies} }}, 0, {{}}\n"
+        'function init() for i = 1, 10 * #cookies do made[i] = wrk.format("GET", "/", i % 10 > 0 and '
+        '{ Cookie = "route=" .. cookies[i % #cookies + 1] } or {}) end end\n'
+        "function request() sent = sent % #made + 1; return made[sent] end\n"
+    )
+
+
+def nginx_http(ips: list[str], backend: int, port: int, hook: str, name: str = "app") -> str:
+    """The proxying http{} content; the same for both nginx rows but for the hook, or the directive of a method."""
     lines = "\n".join(f"server {ip}:{backend};" for ip in ips)
     return (
-        f"upstream app {{ {lines}\n{hook}\nkeepalive {max(64, 2 * len(ips))}; keepalive_requests 1000000000; }}\n"
+        f"upstream {name} {{ {lines}\n{hook}\nkeepalive {max(64, 2 * len(ips))}; keepalive_requests 1000000000; }}\n"
         f"server {{ listen 127.0.0.1:{port}; keepalive_requests 1000000000;\n"
-        'location / { proxy_http_version 1.1; proxy_set_header Connection ""; proxy_pass http://app; } }'
+        'location / { proxy_http_version 1.1; proxy_set_header Connection ""; '
+        f"proxy_pass http://{name}; }} }}\n"
     )
 
 
@@ -110,7 +172,8 @@ def cpu_seconds(pid: int) -> float:
 def measure(target: Target, seconds: int, connections: int = 16) -> float:
     """Microseconds of the target's CPU per request under load from keep-alive connections; all must succeed."""
     before = cpu_seconds(target.pid)
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{target.port}/"]
+    script = ["-s", target.script] if target.script else []
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", *script, f"http://127.0.0.1:{target.port}/"]
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     after = cpu_seconds(target.pid)
     if "Non-2xx" in done or "Socket errors" in done:
@@ -146,20 +209,53 @@ def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
             Target("Lua plane", ports[1], lua.workers()[0]),
             Target("HAProxy", ports[2], proxy),
         ]
-        figures: dict[str, list[float]] = {target.name: [] for target in targets}
-        for target in targets:
-            wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
-            measure(target, 1)
-        for _ in range(rounds):
-            for target in targets:
-                figures[target.name].append(measure(target, seconds))
-        if lua.errors():
-            raise RuntimeError("\n".join(lua.errors()))
+        figures = _in_turns(targets, rounds, seconds, lua)
     base = statistics.median(figures["native nginx"])
-    return [
-        Row(name, statistics.median(values), min(values), max(values), statistics.median(values) / base)
-        for name, values in figures.items()
-    ]
+    return [_row(name, values, base) for name, values in figures.items()]
+
+
+def compare_ways(rounds: int = 15, seconds: int = 1) -> list[Row]:
+    """Measure each way in turns with native nginx's; rows of the Lua plane, each against native nginx's same method."""
+    ips, backend = addresses(4), free_port()
+    ports = [(free_port(), free_port()) for _ in WAYS]
+    natives, ours = "", ""
+    for number, (way, (native_port, lua_port)) in enumerate(zip(WAYS, ports, strict=True)):
+        hook = f'balancer_by_lua_block {{ require("headgate").balance("way{number}") }}'
+        natives += nginx_http(ips, backend, native_port, way.native, f"way{number}")
+        ours += nginx_http(ips, backend, lua_port, hook, f"way{number}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Nginx(BACKEND.format(port=backend), workers=1, plane=False))
+        native = stack.enter_context(Nginx(natives, workers=1, plane=False))
+        lua = Nginx(ours, workers=1)
+        lua.snapshot.write_text(json.dumps(ways_table(ips, backend)))
+        stack.enter_context(lua)
+        script = lua.prefix / "sessions.lua"
+        script.write_text(sessions(ips, backend))
+        targets = [
+            Target(f"{plane}{way.name}", port, of.workers()[0], str(script) if way.sticky else "")
+            for way, both in zip(WAYS, ports, strict=True)
+            for plane, of, port in zip(("native ", ""), (native, lua), both, strict=True)
+        ]
+        figures = _in_turns(targets, rounds, seconds, lua)
+    return [_row(way.name, figures[way.name], statistics.median(figures[f"native {way.name}"])) for way in WAYS]
+
+
+def _in_turns(targets: list[Target], rounds: int, seconds: int, lua: Nginx) -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = {target.name: [] for target in targets}
+    for target in targets:
+        wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
+        measure(target, 1)
+    for _ in range(rounds):
+        for target in targets:
+            figures[target.name].append(measure(target, seconds))
+    if lua.errors():
+        raise RuntimeError("\n".join(lua.errors()))
+    return figures
+
+
+def _row(name: str, values: list[float], base: float) -> Row:
+    median = statistics.median(values)
+    return Row(name, median, min(values), max(values), median / base)
 
 
 def main() -> None:
@@ -168,13 +264,16 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=int, default=1)
+    parser.add_argument("--ways", action="store_true")
     options = parser.parse_args()
     reason = missing()
     if reason:
         raise SystemExit(reason)
-    print(f"worker CPU per proxied request, {options.servers} servers, medians of {options.rounds} rounds")
-    for row in compare(options.servers, options.rounds, options.seconds):
-        print(f"{row.name:<14}{row.microseconds:7.2f} us  ({row.low:.2f}-{row.high:.2f})  {row.ratio:.3f} x native")
+    servers = 4 if options.ways else options.servers
+    print(f"worker CPU per proxied request, {servers} servers, medians of {options.rounds} rounds")
+    rows = compare_ways if options.ways else functools.partial(compare, servers)
+    for row in rows(options.rounds, options.seconds):
+        print(f"{row.name:<42}{row.microseconds:7.2f} us  ({row.low:.2f}-{row.high:.2f})  {row.ratio:.3f} x native")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The share of a warming server against the formula, cumulative over its warm-up.
 
-    python -m tests.bench.warming [RATE [CURVE]]
+    python -m tests.bench.warming [RATE [CURVE [DURATION [STEPS]]]]
 
-Expected is the mean of w(t) / (w(t) + 2) over the warm-up, with w(t) = max(floor, (t / T) ** curve).
+Expected is the mean of w(t) / (w(t) + 2) over the warm-up, with w(t) = max(floor, (t / T) ** curve); in stairs t / T is
+(floor(steps * t / T) + 1) / steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ class Figures:
     """`share` is what was measured, `formula` what was expected; `off` their difference as a part of the latter."""
 
     curve: float
+    steps: int
     requests: int
     share: float
     formula: float
@@ -34,18 +37,20 @@ class Figures:
         return abs(self.share / self.formula - 1)
 
 
-def expected(curve: float, others: int = 2, parts: int = 10_000) -> float:
+def expected(curve: float, steps: int = 0, others: int = 2, parts: int = 10_000) -> float:
     """The mean share of one warming server beside `others` warm ones, at a steady rate of requests."""
-    weights = [max(FLOOR, ((part + 0.5) / parts) ** curve) for part in range(parts)]
+    times = ((part + 0.5) / parts for part in range(parts))
+    weights = [max(FLOOR, ((math.floor(steps * t) + 1) / steps if steps else t) ** curve) for t in times]
     return sum(weight / (weight + others) for weight in weights) / parts
 
 
-def measure(rate: float = 200.0, curve: float = 1.0, duration: float = DURATION) -> Figures:
+def measure(rate: float = 200.0, curve: float = 1.0, duration: float = DURATION, steps: float = 0) -> Figures:
     """Drain a server, enable it, and count the picks of its warm-up at `rate` requests a second."""
     settings = f'[defaults.warm_up]\nduration = {duration}\ncurve = {curve}\nfloor = {FLOOR}\nstarts = "healthy"\n'
+    settings += f"steps = {int(steps)}\n"
     with house(upstreams=1, servers=3, settings=settings) as built, built.load(rate):
         requests, share = asyncio.run(_warm(built, duration))
-    return Figures(curve, requests, share, expected(curve))
+    return Figures(curve, int(steps), requests, share, expected(curve, int(steps)))
 
 
 def haproxy_slow_start(rate: float = 200.0) -> Figures:
@@ -66,7 +71,7 @@ def haproxy_slow_start(rate: float = 200.0) -> Figures:
     requests = sum(now.values()) - sum(before.values())
     shares = [min(1.0, (16 * t + DURATION) // DURATION / 16) for t in range(int(DURATION))]
     formula = sum(share / (share + 2) for share in shares) / len(shares)
-    return Figures(1.0, requests, (now["s0"] - before["s0"]) / requests, formula)
+    return Figures(1.0, 16, requests, (now["s0"] - before["s0"]) / requests, formula)
 
 
 async def _warm(built: House, duration: float) -> tuple[int, float]:
