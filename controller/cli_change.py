@@ -35,6 +35,14 @@ _MaxUnavailable = Annotated[
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Do it even if no other server of the upstream serves.")]
 _Queue = Annotated[bool, typer.Option("--queue", help="Wait for the end of a change that is in the way.")]
+_RollBack = Annotated[
+    bool | None,
+    typer.Option(
+        "--roll-back/--no-roll-back",
+        help="Take what was done back when it fails; else as rollout.on_failure says.",
+        show_default=False,
+    ),
+]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
 
 _ONE = ("stop", "start", "restart")  # of a single server, without batches
@@ -43,9 +51,6 @@ _OF_SERVERS = {
     "reload": "Drain each server, have its gunicorn master make new workers (HUP), and bring it back.",
     "upgrade": "Drain each server, put a new gunicorn master beside the old one (USR2), then end the old one.",
     "deploy": "Restart each server with the configured deploy command between stop and start; rolls back what fails.",
-    "roll-back": (
-        "Restart each server, the last one first, with the configured roll_back command between stop and start."
-    ),
 }
 
 
@@ -56,6 +61,7 @@ def register(app: typer.Typer) -> None:
         app.command()(verb)
     for kind, summary in _OF_SERVERS.items():
         app.command(kind)(_of_servers(kind, summary))
+    app.command("roll-back")(roll_back)
 
 
 def stop(
@@ -100,6 +106,7 @@ def rollout(
     batch: _Batch = "1",
     max_unavailable: _MaxUnavailable = None,
     force: _Force = False,
+    roll_back: _RollBack = None,
     queue: _Queue = False,
     wait: _Wait = True,
     plan: Annotated[bool, typer.Option("--plan", help="Only show what it would do; begins nothing.")] = False,
@@ -111,7 +118,9 @@ def rollout(
             view.plan(client.plan(upstream, "rollout", (), batch, max_unavailable=max_unavailable, force=force))
         )
         return
-    _begin(context, "rollout", upstream, [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+    servers: list[str] = []
+    words = (context, "rollout", upstream, servers, batch, max_unavailable)
+    _begin(*words, force=force, queue=queue, wait=wait, roll_back=roll_back)
 
 
 def _of_servers(kind: str, summary: str) -> Callable[..., None]:
@@ -123,14 +132,52 @@ def _of_servers(kind: str, summary: str) -> Callable[..., None]:
         servers: _Servers = None,
         batch: _Batch = "1",
         max_unavailable: _MaxUnavailable = None,
+        roll_back: _RollBack = None,
         force: _Force = False,
         queue: _Queue = False,
         wait: _Wait = True,
     ) -> None:
-        _begin(context, kind, upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+        words = (context, kind, upstream, servers or [], batch, max_unavailable)
+        _begin(*words, force=force, queue=queue, wait=wait, roll_back=roll_back)
 
     verb.__doc__ = summary
     return verb
+
+
+def roll_back(
+    context: typer.Context,
+    upstream: Annotated[
+        str | None, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)
+    ] = None,
+    servers: _Servers = None,
+    change: Annotated[
+        int | None,
+        typer.Option("--change", metavar="ID", min=1, help="What this change has brought.", show_default=False),
+    ] = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Restart each server, the last one first, with the configured roll_back command between stop and start.
+
+    With --change only the servers that have what that change brought; it is stopped first if it is under way.
+    """
+    if change is None and upstream is not None:
+        words = (context, "roll-back", upstream, servers or [], batch, max_unavailable)
+        _begin(*words, force=force, queue=queue, wait=wait)
+        return
+    if change is None or upstream is not None:
+        raise typer.BadParameter("say either UPSTREAM, with its servers or without, or --change ID")
+    if max_unavailable or force or queue or batch != "1":
+        raise typer.BadParameter("with --change nothing else is chosen: it goes back as it came")
+    client = Client(load(context.obj).api.socket)
+    number = client.roll_back(change)
+    if wait:
+        follow(client, number, wanted="aborted" if number == change else "done")
+    else:
+        print(f"change {number} rolls change {change} back; follow it with: headgate changes {number} --wait")
 
 
 def scale(
@@ -182,6 +229,7 @@ def _begin(
     force: bool,
     queue: bool,
     wait: bool,
+    roll_back: bool | None = None,
 ) -> None:
     client = Client(load(context.obj).api.socket)
     most = _number(max_unavailable) if max_unavailable else None
@@ -199,7 +247,15 @@ def _begin(
         for warning in view.warnings(foreseen):
             view.console(sys.stderr).print(warning)
     change = client.begin_change(
-        kind, upstream, tuple(servers), _number(batch), force, max_unavailable=most, workers=workers, queue=queue
+        kind,
+        upstream,
+        tuple(servers),
+        _number(batch),
+        force,
+        max_unavailable=most,
+        workers=workers,
+        queue=queue,
+        roll_back=roll_back,
     )
     if wait:
         follow(client, change)

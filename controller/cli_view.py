@@ -29,6 +29,7 @@ _COLOURS = {
     "queued": "yellow",
     "paused": "yellow",
     "aborting": "yellow",
+    "rolling-back": "yellow",
     "aborted": "red",
     "superseded": "yellow",
     "skipped": "dim",
@@ -170,6 +171,8 @@ def sentence(change: Json) -> Text:
             return Text(f"{what} is paused and begins no further server; it was begun {took} ago", "yellow")
         case "aborting":
             return Text(f"{what} is being aborted; it was begun {took} ago", "yellow")
+        case "rolling-back":
+            return Text(f"{what} is being rolled back; it was begun {took} ago", "yellow")
         case "failed" | "aborted" | "superseded" as status:
             return Text(f"{what} {status} after {took}: {change['error']}", _COLOURS[status])
         case _:

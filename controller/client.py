@@ -16,7 +16,7 @@ from controller.errors import ApiError, DaemonUnreachable
 
 Json = dict[str, Any]
 
-UNFINISHED = ("queued", "running", "paused", "aborting")
+UNFINISHED = ("queued", "running", "paused", "aborting", "rolling-back")
 """The statuses of changes that go on."""
 
 _READING = 20.0  # seconds that reading a large nginx.conf with host names may take
@@ -123,11 +123,13 @@ class Client:
         max_unavailable: int | str | None = None,
         workers: int = 0,
         queue: bool = False,
+        roll_back: bool | None = None,
     ) -> int:
         """Begin an operation and return the change's id.
 
         No servers means all; `batch` and `max_unavailable` are a number or `"50%"`. `workers` belongs to a scale. With
-        `queue` it waits for the end of a change that is in its way.
+        `queue` it waits for the end of a change that is in its way. With `roll_back` it goes back when it fails; None:
+        as the settings say.
         """
         body = {
             "kind": kind,
@@ -138,12 +140,17 @@ class Client:
             "max_unavailable": max_unavailable,
             "workers": workers,
             "queue": queue,
+            "roll_back": roll_back,
         }
         return int(self._call("POST", "/v1/changes", body=body)["change"])
 
     def steer(self, change: int, wish: str) -> str:
         """`pause`, `resume` or `abort` a change; its status then."""
         return str(self._call("POST", f"/v1/changes/{change}/{wish}")["status"])
+
+    def roll_back(self, change: int) -> int:
+        """Roll a change back; the id of the change that does so: the same where it had not ended."""
+        return int(self._call("POST", f"/v1/changes/{change}/roll-back")["change"])
 
     def plan(
         self,

@@ -27,6 +27,7 @@ from controller.core.change import group_of, resolve
 from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, SteerWished, WarmUpWished
 from controller.core.model import Admin, ChangeKind, Refused, Steer
 from controller.core.notice import named
+from controller.core.rollback import of_ended
 from controller.ports import ConfigError, PlaneRefused, PlaneUnreachable
 
 PUBLISH_SECONDS = 5.0
@@ -256,8 +257,16 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
 
     @app.post("/v1/changes/{change}/{wish}", tags=["changes"])
     async def steer_change(change: _ChangeId, wish: Steer) -> wire.Steered:
-        """Pause, resume or abort a change that has not ended."""
-        await runtime.wish(SteerWished(change, wish))
+        """Pause, resume, abort or roll back a change. One that has ended is rolled back by a change of its own."""
+        known = runtime.state.changes.get(change)
+        record = None if known and not known.status.ended else await runtime.store.change(change)
+        if wish is Steer.ROLL_BACK and record is not None:
+            group = group_of(runtime.state, record.upstream)
+            outcome = await runtime.wish(of_ended(change, ChangeKind(record.kind), record.steps, group))
+            assert outcome.change is not None, "a granted change has an id"
+            change = outcome.change
+        else:
+            await runtime.wish(SteerWished(change, wish))
         return wire.Steered(change=change, status=runtime.state.changes[change].status)
 
     @app.get(

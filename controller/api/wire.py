@@ -74,7 +74,8 @@ class ChangeWish(BaseModel):
     """An operation. No servers means all of the upstream; `batch` is how many at once, or a percentage of them.
 
     No server is taken away while more than `max_unavailable` (a number or percentage) would not serve. `workers` is
-    what a scale is to reach. With `queue` a change that another one is in the way of waits for its end.
+    what a scale is to reach. With `queue` a change that another one is in the way of waits for its end. With
+    `roll_back` it goes back when it fails; null means as `rollout.on_failure` says.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -87,6 +88,7 @@ class ChangeWish(BaseModel):
     max_unavailable: _Count | None = None
     workers: Annotated[StrictInt, Field(ge=0, le=10_000), BeforeValidator(_integral)] = 0
     queue: StrictBool = False
+    roll_back: StrictBool | None = None
 
     def event(self, servers: int) -> ChangeWished:
         """The wish as the core takes it, in an upstream of so many servers."""
@@ -99,6 +101,7 @@ class ChangeWish(BaseModel):
             _count(self.max_unavailable, servers) if self.max_unavailable else 0,
             self.workers,
             self.queue,
+            self.roll_back,
         )
 
 
@@ -383,7 +386,8 @@ class ChangeBegun(BaseModel):
 
 
 class Steered(BaseModel):
-    """How the change stands now. One that was aborted or resumed may have ended meanwhile."""
+    """How the change stands now. One that was aborted or resumed may have ended meanwhile. Where one that had ended is
+    rolled back, this is the change that does so."""
 
     change: int
     status: ChangeStatus

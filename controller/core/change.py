@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.core import guards, peers, shared, table, traffic
+from controller.core import guards, peers, rollback, shared, table, traffic
 from controller.core.events import (
     ChangeWished,
     Effect,
     Outcome,
     PeerSeen,
     ProbeNow,
-    SteerWished,
     StepDone,
     StepFailed,
 )
@@ -31,7 +30,6 @@ from controller.core.model import (
     Mate,
     Refused,
     State,
-    Steer,
     Step,
     StepName,
     StepState,
@@ -54,9 +52,9 @@ from controller.core.steps import (
     settle,
     skip,
     steps_of,
+    undoes,
     with_step,
 )
-from controller.core.stopping import leave_out
 
 _KEPT = 50  # ended changes that stay in memory; the store has them all
 
@@ -91,6 +89,7 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         wish.forced,
         max_unavailable=wish.max_unavailable,
         workers=wish.workers,
+        roll_back=rollback.wanted(wish.kind, wish.upstream, wish.roll_back, group.upstream.policy),
     )
     effects: list[Effect] = []
     what = f"change {change.id}: {wish.kind} of {', '.join(keys)} in {wish.upstream}"
@@ -107,34 +106,6 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     state = _kept(put(replace(state, next_change=change.id + 1), change))
     state, more = progress(state, now)
     return state, Outcome((*effects, *more), change.id)
-
-
-def steer(state: State, wish: SteerWished, now: float) -> tuple[State, list[Effect]]:
-    """Pause, resume or abort a change; Refused where it has ended, or is not in a state for that.
-
-    A paused change begins no further server; those under way come to their end. An aborted one gives servers that
-    were not yet told to stop their place back, and brings the others up again; it leaves out what is not needed
-    for that. A call to others that is under way comes to its end, so that `after_up` cannot be overtaken by it.
-    """
-    change = state.changes.get(wish.change)
-    if change is None or change.status.ended:
-        message = f"there is no change {wish.change} that runs"
-        raise Refused("not_found", message, "`headgate changes` lists them and how they ended")
-    wanted, fit = {
-        Steer.PAUSE: (ChangeStatus.PAUSED, (ChangeStatus.RUNNING,)),
-        Steer.RESUME: (ChangeStatus.RUNNING, (ChangeStatus.PAUSED,)),
-        Steer.ABORT: (ChangeStatus.ABORTING, (ChangeStatus.RUNNING, ChangeStatus.PAUSED, ChangeStatus.QUEUED)),
-    }[wish.steer]
-    if change.status not in fit:
-        message = f"change {change.id} is {change.status}: it cannot {wish.steer}"
-        raise Refused("busy", message, f"follow it with `headgate changes {change.id}`")
-    change = replace(change, status=wanted)
-    state = put(state, change)
-    if wish.steer is Steer.ABORT:
-        names = {StepName.WARM, StepName.HOLD} | ({StepName.DEPLOY, StepName.ROLL_BACK} & set(STEPS[change.kind]))
-        for server in dict.fromkeys(step.server for step in change.steps):
-            state = leave_out(state, state.changes[change.id], server, names, "aborted", now)
-    return state, [note(change, "change", f"change {change.id}: {change.kind} of {change.upstream} is {wanted}")]
 
 
 def _measured(state: State, change: Change) -> tuple[State, Change]:
@@ -255,7 +226,7 @@ def finish(state: State, event: StepDone, now: float) -> State:
     if change is None or not _reported(change, event.step) or change.steps[event.step].name in JUDGES:
         return state
     step = change.steps[event.step]
-    if step.name is StepName.FIND and event.master is None and change.kind in GUNICORN:
+    if step.name is StepName.FIND and event.master is None and change.kind in GUNICORN and not undoes(change, step):
         return fail(state, change, event.step, "no process is running (start it instead)", now)
     step = replace(step, state=StepState.DONE, ended=now, detail=event.detail, master=event.master or step.master)
     change = with_step(change, event.step, step)
@@ -340,25 +311,36 @@ def _progress(state: State, number: int, now: float, seen: PeerSeen | None) -> t
                 return state, effects
             state, more = _end(state, replace(change, error=f"{change.upstream} is gone from nginx.conf"), now)
             return state, effects + more
+        if rollback.begins(change):
+            state, said = rollback.turn(state, change, now)
+            effects.append(said)
+            change = state.changes[number]
         for at in _due(change):
             before = state
             if change.status is not ChangeStatus.PAUSED or _begun(state.changes[number], change.steps[at].server):
                 state, more = _advance(state, number, at, now, seen)
                 effects += more
             moved = moved or state is not before
-        if not _due(state.changes[number]):
-            state, more = _end(state, state.changes[number], now)
+        change = state.changes[number]
+        turns = rollback.begins(change)
+        moved = moved or turns
+        if turns or _due(change):
+            continue
+        if change.status is not ChangeStatus.ROLLING_BACK or change.back:
+            state, more = _end(state, change, now)
             return state, effects + more
+        state, moved = put(state, rollback.with_undo(change, state.groups[change.upstream])), True
     return state, effects
 
 
 def _due(change: Change) -> list[int]:
-    """The step that is due for each server of the first batch that has not ended. After a failure no batch begins."""
+    """The step that is due for each server of the first batch that has not ended. After a failure no batch begins,
+    but those of the way back do: after failures of their own they do not."""
     open_steps = [(at, step) for at, step in enumerate(change.steps) if step.state not in ENDED]
     if not open_steps:
         return []
     batch = min(step.batch for _, step in open_steps)
-    if any(step.state is StepState.FAILED and step.batch < batch for step in change.steps):
+    if any(step.state is StepState.FAILED and change.back <= step.batch < batch for step in change.steps):
         return []
     due: dict[str, int] = {}
     for at, step in open_steps:
@@ -396,13 +378,15 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
         if step.master is None and step.name not in WATCHED:
             return settle(state, change, at, StepState.SKIPPED, "no process was running", now), []
     if step.name is StepName.DRAIN:
-        if (waits := _waits(change, group, step.server)) is not None:
+        if (waits := _waits(change, group, step)) is not None:
             return _wait(state, change, at, waits, now), []
         if not change.forced:
             try:
                 for concerned, keys in guards.concerned(state, change, (step.server,)):
                     guards.refuse_emptying(concerned, keys)
             except Refused as refused:
+                if undoes(change, step):  # others are on their way back, too
+                    return _wait(state, change, at, f"waits: {refused.message}", now), []
                 return fail(state, change, at, f"{refused.message} ({refused.remedy})", now), []
         step = replace(step, admin=group.peers[step.server].admin)
         state = peers.drain(state, change.upstream, step.server, now)
@@ -429,15 +413,16 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
     return put(state, change), effects
 
 
-def _waits(change: Change, group: Group, server: str) -> str | None:
+def _waits(change: Change, group: Group, step: Step) -> str | None:
     """Why this server cannot be taken away yet, as `max_unavailable` has it. Whom this change took away is there again
     when it is warm: else the load of the next ones would go to cold servers."""
     if not change.max_unavailable:
         return None
-    unfinished = {step.server for step in change.steps if step.state not in ENDED}
-    taken = {step.server for step in change.steps if step.name is StepName.DRAIN and step.started is not None}
+    now = [each for each in change.steps if each.batch >= change.back]
+    unfinished = {each.server for each in now if each.state not in ENDED}
+    taken = {each.server for each in now if each.name is StepName.DRAIN and each.started is not None}
     there = set(table.serving(group)) - (taken & unfinished)
-    away = sum(not each.down and each.key not in there for each in group.upstream.servers if each.key != server)
+    away = sum(not each.down and each.key not in there for each in group.upstream.servers if each.key != step.server)
     if away < change.max_unavailable:
         return None
     return f"waits: {away} others do not serve, or are not warm yet; at most {change.max_unavailable} may be away"
@@ -446,7 +431,7 @@ def _waits(change: Change, group: Group, server: str) -> str | None:
 def _wait(state: State, change: Change, at: int, why: str, now: float) -> State:
     """The step stays pending; after a failure elsewhere its server is not touched any more."""
     step = change.steps[at]
-    if any(each.state is StepState.FAILED for each in change.steps):
+    if any(each.state is StepState.FAILED and each.batch >= change.back for each in change.steps):
         return put(state, skip(change, step.server, "another server failed", now))
     return state if step.detail == why else put(state, with_step(change, at, replace(step, detail=why)))
 
@@ -455,12 +440,10 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
     """The change is over; its status follows from how, unless it says so already."""
     steps = tuple(s if s.state in ENDED else replace(s, state=StepState.SKIPPED, ended=now) for s in change.steps)
     status, error = change.status, change.error
-    if change.kind is ChangeKind.DEPLOY and _rolled_back(change):
-        error = f"{error}; rolled back"
-    if status is ChangeStatus.ABORTING:
-        status, error = ChangeStatus.ABORTED, error or "by an operator"
-    elif not status.ended:
-        status = ChangeStatus.FAILED if error else ChangeStatus.DONE
+    if not status.ended:
+        by_hand = status is ChangeStatus.ABORTING or (status is ChangeStatus.ROLLING_BACK and not error)
+        error = (error or ("by an operator" if by_hand else "")) + rollback.outcome(change)
+        status = ChangeStatus.ABORTED if by_hand else ChangeStatus.FAILED if error else ChangeStatus.DONE
     state = put(state, replace(change, status=status, ended=now, steps=steps, error=error))
     for server in {step.server for step in steps if step.mates}:
         begun = [step for step in steps if step.server == server and step.started is not None]
@@ -473,12 +456,6 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
                 state = peers.set_admin(state, change.upstream, step.server, Admin.MAINT, now)
     text = f"change {change.id}: {change.kind} of {change.upstream} {status} after {now - change.created:.1f} s"
     return state, [note(change, "change", f"{text}: {error}" if error else text)]
-
-
-def _rolled_back(change: Change) -> bool:
-    """Whether what a deploy did at its last server was taken back, and that server is up again."""
-    last = change.steps[-1]
-    return last.state is StepState.DONE and nearest(change, len(change.steps) - 1, StepName.ROLL_BACK) is not None
 
 
 def _kept(state: State) -> State:
@@ -502,4 +479,5 @@ _IS = {
     ChangeStatus.RUNNING: "still running",
     ChangeStatus.PAUSED: "paused",
     ChangeStatus.ABORTING: "being aborted",
+    ChangeStatus.ROLLING_BACK: "being rolled back",
 }

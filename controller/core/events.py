@@ -153,7 +153,8 @@ class AdminWished:
 class ChangeWished:
     """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once.
 
-    `queue`: where another change is in the way, wait for its end. The rest is as in `model.Change`.
+    `queue`: where another change is in the way, wait for its end. `roll_back` None: as `rollout.on_failure` says. The
+    rest is as in `model.Change`.
     """
 
     kind: ChangeKind
@@ -164,11 +165,12 @@ class ChangeWished:
     max_unavailable: int = 0
     workers: int = 0
     queue: bool = False
+    roll_back: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SteerWished:
-    """An operator wants a change paused, resumed or aborted."""
+    """An operator wants a change paused, resumed, aborted or rolled back."""
 
     change: int
     steer: Steer

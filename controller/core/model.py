@@ -274,6 +274,7 @@ class ChangeStatus(enum.StrEnum):
     RUNNING = "running"
     PAUSED = "paused"  # begins no further server
     ABORTING = "aborting"  # servers that were told to stop are brought to their end, nothing else
+    ROLLING_BACK = "rolling-back"  # servers get back what they had before it
     DONE = "done"
     FAILED = "failed"
     ABORTED = "aborted"
@@ -291,6 +292,7 @@ class Steer(enum.StrEnum):
     PAUSE = "pause"
     RESUME = "resume"
     ABORT = "abort"
+    ROLL_BACK = "roll-back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +329,8 @@ class Change:
     """An operation as data: what was asked, and every step with its time and outcome.
 
     No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
-    is to reach. `before` is the traffic that its upstream's budget is compared with.
+    is to reach. `before` is the traffic that its upstream's budget is compared with. With `roll_back` it goes back when
+    it fails; the steps that do so are those from the batch `back` on (0: there are none).
     """
 
     id: int
@@ -342,6 +345,8 @@ class Change:
     max_unavailable: int = 0
     workers: int = 0
     before: Traffic | None = None
+    roll_back: bool = False
+    back: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ class RolloutPolicy:
 
     The budget of the whole upstream is judged every `window` seconds, by `min_requests` ended tries or more: a change
     stops when more than the share `max_errors` of them failed, or their mean response time is more than `max_latency`
-    times that of before (0: neither).
+    times that of before (0: neither). `on_failure` is `stop` or `roll-back`: what a change does that fails.
     """
 
     ready_time: float = 0.0
@@ -211,6 +211,7 @@ class RolloutPolicy:
     max_latency: float = 0.0
     min_requests: int = 100
     window: float = 10.0
+    on_failure: str = "stop"
 
 
 @dataclass(frozen=True, slots=True)

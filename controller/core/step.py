@@ -17,6 +17,7 @@ from controller.core import (
     outlier,
     panic,
     peers,
+    steering,
     table,
     warmup,
 )
@@ -100,7 +101,7 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
         case StepFailed():
             state, effects = change.failed(state, event, now), []
         case SteerWished():
-            state, effects = change.steer(state, event, now)
+            state, effects = steering.steer(state, event, now)
         case ChangeWished():
             return _settled(before, *change.begin(state, event, now), now)
         case AdminWished():

@@ -48,6 +48,7 @@ UNDO_RUNNING = (
     StepName.FIND,
     StepName.BEFORE_DRAIN,
     StepName.DRAIN,
+    StepName.SESSIONS,
     StepName.EMPTY,
     StepName.AFTER_DRAIN,
     *ENDING,
@@ -114,6 +115,11 @@ def _wanted(names: tuple[StepName, ...], policy: Policy) -> tuple[StepName, ...]
     return tuple(name for name in names if name not in off)
 
 
+def undoes(change: Change, step: Step) -> bool:
+    """Whether the step takes back what the change has done."""
+    return 0 < change.back <= step.batch
+
+
 def with_step(change: Change, at: int, step: Step) -> Change:
     """The change with another step there."""
     return replace(change, steps=(*change.steps[:at], step, *change.steps[at + 1 :]))
@@ -158,8 +164,8 @@ def fail(state: State, change: Change, at: int, why: str, now: float) -> State:
     """The step has failed: its server's later steps are skipped, and a server not yet told to stop gets back its place.
 
     An operator's own drain is the exception: the server stays out, for that is what was asked. Where a deploy can be
-    rolled back, the steps that do so are added. Where hooks were called since the server would leave, and it stays,
-    those of `after_up` are called.
+    rolled back, the steps that do so here are added, unless the change goes back as a whole. Where hooks were called
+    since the server would leave, and it stays, those of `after_up` are called.
     """
     step = change.steps[at]
     change = with_step(change, at, end(step, StepState.FAILED, why, now))
@@ -200,7 +206,7 @@ def call_back(change: Change, server: str, policy: Policy) -> Change:
 
 def _undo(change: Change, at: int, policy: Policy) -> tuple[Step, ...]:
     failed = change.steps[at]
-    if change.kind is not ChangeKind.DEPLOY or nearest(change, at, StepName.ROLL_BACK):
+    if change.roll_back or change.kind is not ChangeKind.DEPLOY or nearest(change, at, StepName.ROLL_BACK):
         return ()
     if failed.name in (StepName.DEPLOY, StepName.START):
         names: tuple[StepName, ...] = UNDO

@@ -29,7 +29,7 @@ def leave_out(state: State, change: Change, server: str, names: Collection[StepN
 
     Of the steps under way only those are ended that nobody outside is busy with.
     """
-    mine = [at for at, step in enumerate(change.steps) if step.server == server]
+    mine = [at for at, step in enumerate(change.steps) if step.server == server and step.batch >= change.back]
     begun = [at for at in mine if change.steps[at].state is not StepState.PENDING]
     if all(change.steps[at].state in ENDED for at in mine):
         return state

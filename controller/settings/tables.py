@@ -301,6 +301,7 @@ class RolloutTable(Table):
     max_latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 0.0
     min_requests: Annotated[int, Field(ge=1)] = 100
     window: Annotated[Duration, Field(ge=1)] = 10.0
+    on_failure: Literal["stop", "roll-back"] = "stop"
 
     @model_validator(mode="after")
     def _allows(self) -> Self:
