@@ -77,6 +77,7 @@ def test_only_what_is_named_is_adopted(site: Site) -> None:
         ("state /var/lib/x.state;", ":1: .*write server lines"),
         ("server $host;", ":1: .*write the address"),
         ("server a.example service=http resolve;", ":1: .*SRV"),
+        ("server unix:app.sock;", ':1: .*write it from "/" on'),
         ("server 10.0.0.1;\nbalancer_by_lua_block { mine() }", ":2: .*did not write; take it out by hand"),
         ("server 10.0.0.1;\nkeepalive 4;\nleast_conn;", ":3: .*stands behind keepalive"),
     ],

@@ -146,6 +146,8 @@ def _of_upstream(upstream: Node) -> Iterator[str]:
             yield f"{what} has a server with a variable, which Headgate cannot follow; write the address"
         elif node.name == "server" and any(word.startswith("service=") for word in node.args):
             yield f"{what} finds servers by SRV records (service=), which Headgate does not follow; write addresses"
+        elif node.name == "server" and any(re.match("unix:[^/]", word) for word in node.args[:1]):
+            yield f'{what} has a unix socket without an absolute path; write it from "/" on'
 
 
 def _logs(http: Node, code: str, found: Found) -> None:

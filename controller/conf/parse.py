@@ -277,6 +277,8 @@ def _obstacles(name: str, block: Iterable[RawDirective], servers: Iterable[Serve
             yield f"{line.place}: {line.address} holds a variable, which no server line can; write the address"
         elif any(other.startswith("service=") for other in line.others):
             yield f"{line.place}: {line.address} is found by SRV records (service=), which Headgate does not follow"
+        elif line.unix and not line.unix.startswith("/"):
+            yield f'{line.place}: {line.address} is no absolute path; write it from "/" on'
 
 
 def _server(directive: RawDirective) -> ServerLine:

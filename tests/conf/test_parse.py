@@ -150,6 +150,7 @@ def test_the_method_of_a_hooked_upstream_comes_with_its_words(
         (f"zone app 64k; server a; {HOOK}", "take out the zone"),
         (f"server $backend:80; {HOOK}", "holds a variable"),
         (f"server a service=http resolve; {HOOK}", "SRV"),
+        (f"server unix:app.sock; {HOOK}", 'unix:app.sock is no absolute path; write it from "/" on'),
     ],
 )
 def test_what_keeps_a_hooked_upstream_from_being_managed_is_said_with_place_and_remedy(
