@@ -189,4 +189,6 @@ def _traffic(seen: PeerCounters, peer: Peer, now: float) -> Traffic:
         seen.seconds,
         ejected,
         seen.refused_marks,
+        seen.warm_epoch,
+        seen.warm_picked,
     )

@@ -55,7 +55,8 @@ class PeerCounters:
     """A server's counters over all workers.
 
     `requests`, `answered`, `errors` (5xx answers), `failures` (no answer) and, of those, `timeouts` count tries since
-    nginx started; `seconds` is the sum of the response times of those that were answered.
+    nginx started; `seconds` is the sum of the response times of those that were answered. `warm_picked`: nginx has
+    picked the server in the warm-up `warm_epoch`.
     """
 
     in_flight: int
@@ -64,6 +65,7 @@ class PeerCounters:
     warm_epoch: int | None = None
     warm_elapsed: float = 0.0
     warm_started: bool = False
+    warm_picked: bool = False
     answered: int = 0
     errors: int = 0
     timeouts: int = 0

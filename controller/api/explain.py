@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from controller.core import cold, ejection, table, warmup
+from controller.core import cold, ejection, table, unpicked, warmup
 from controller.core.model import Admin, Group, Health, Peer, Routing, Server, State, Warmth
 from controller.ports import ChangeRecord, Counters, EventRecord, PeerCounters, StepRecord, TrafficRecord
 
@@ -119,12 +119,21 @@ def _now(facts: Facts) -> Iterator[str]:
     if mine and warmup.ramping(peer.warm_up):
         share = warmup.share(facts.group.upstream.policy.warm_up, peer.warm_up, facts.now)
         yield f"It warms up, and has {share:.0%} of its full weight."
+        if _unpicked(facts):
+            due = unpicked.first_pick(facts.group, weights, facts.key)
+            yield f"In this warm-up nginx has not picked it yet; by its weight its first request is due in {due}."
     if mine and peer.agent.weight != 1:
         yield f"Its agent asks for {peer.agent.weight:.0%} of its weight."
     if mine and facts.group.fail_open:
         yield "Too few servers of the upstream are up, so health is ignored and those that are down serve as well."
     if problem := _behind(facts):
         yield problem
+
+
+def _unpicked(facts: Facts) -> bool:
+    counted = facts.counted
+    known = facts.data_plane == "lua" and counted.warm_epoch == facts.peer.warm_up.epoch
+    return known and not counted.warm_picked and unpicked.promised(facts.group, facts.server)
 
 
 def _why_not(facts: Facts) -> str:

@@ -161,7 +161,10 @@ class Ejection:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """A server's counters since nginx started: tries begun, answers, 5xx answers, tries without an answer, those of
-    them that timed out, and the sum of the response times in seconds."""
+    them that timed out, and the sum of the response times in seconds.
+
+    `epoch` is that of the warm-up which nginx knows of (None: none), `picked` whether it has picked the server in it.
+    """
 
     requests: int = 0
     answered: int = 0
@@ -171,6 +174,8 @@ class Traffic:
     seconds: float = 0.0
     ejected: Ejection | None = None
     refused_marks: int = 0
+    epoch: int | None = None
+    picked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +364,17 @@ class Readings:
 
 
 @dataclass(frozen=True, slots=True)
+class Unpicked:
+    """A server that nginx has not picked in its warm-up `epoch`: how many picks its upstream had when that was first
+    seen, in the nginx that `boot` names, and whether it was `said`."""
+
+    epoch: int
+    boot: str
+    picks: int
+    said: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Weighed:
     """How one server is judged by its traffic: the readings `since` which it is, and when that was last tried, `at`.
 
@@ -408,10 +424,11 @@ class Group:
     `gone`: since when it has been missing from nginx.conf.
 
     `compared` are the readings since which outliers are looked for; `pseudo_dead` has, by key, how often a server had
-    been forgiven when it was said that only its probes find it alive; `weighed`, by key, the servers that warm up or
-    have to prove themselves; `measured` are the readings since which the budget of a change is judged, and `usual` is
-    what the upstream as a whole did in the last such window in which no change was under way. What stands here and not
-    in a peer is not stored: it begins anew with the daemon.
+    been forgiven when it was said that only its probes find it alive; `unpicked`, by key, the servers that warm up and
+    were not picked yet; `weighed`, by key, those that warm up or have to prove themselves; `measured` are the readings
+    since which the budget of a change is judged, and `usual` is what the upstream as a whole did in the last such
+    window in which no change was under way. What stands here and not in a peer is not stored: it begins anew with the
+    daemon.
     """
 
     upstream: Upstream
@@ -420,6 +437,7 @@ class Group:
     fail_open: bool = False
     compared: Readings | None = None
     pseudo_dead: Mapping[str, int] = field(default_factory=dict)
+    unpicked: Mapping[str, Unpicked] = field(default_factory=dict)
     weighed: Mapping[str, Weighed] = field(default_factory=dict)
     measured: Readings | None = None
     usual: Traffic | None = None

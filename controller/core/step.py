@@ -19,6 +19,7 @@ from controller.core import (
     peers,
     steering,
     table,
+    unpicked,
     warmup,
 )
 from controller.core.events import (
@@ -82,8 +83,9 @@ def _follow(state: State, event: Event, now: float) -> tuple[State, Outcome]:
             state, effects = ejection.mirror(state, event, now)
             state, more = outlier.compare(state, event, now)
             state, held = hold.judge(state, event, now)
+            state, late = unpicked.watch(state, event, now)
             state, stopped = budget.judge(state, event, now)
-            effects += [*more, *held, *stopped]
+            effects += [*more, *held, *late, *stopped]
         case PeerSeen():
             state, effects, reading = peers.seen(state, event, now), [], event
         case Ticked():

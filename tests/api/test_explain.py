@@ -86,6 +86,20 @@ def test_a_warming_server_is_told_how_far_it_is() -> None:
     ]
 
 
+def test_a_warming_server_that_was_never_picked_is_told_when_it_is_due() -> None:
+    warming = replace(UP, warm_up=WarmUp(Warmth.RUNNING, 25.0, NOW, 3, "restarted"))
+    waits = "In this warm-up nginx has not picked it yet; by its weight its first request is due in 5."
+    sticky = group(warming, sticky=StickyPolicy("route"))
+    for known, expected in (
+        (facts(warming, counters={FIRST: PeerCounters(0, 0, 0, 3)}), True),
+        (facts(warming, counters={FIRST: PeerCounters(0, 9, 0, 3, warm_picked=True)}), False),
+        (facts(warming, counters={FIRST: PeerCounters(0, 0, 0, 2)}), False),
+        (facts(warming, counters={FIRST: PeerCounters(0, 0, 0, 3)}, data_plane="reload"), False),
+        (facts(warming, sticky, counters={FIRST: PeerCounters(0, 0, 0, 3)}), False),
+    ):
+        assert (waits in said(known, GET)) is expected
+
+
 @pytest.mark.parametrize(
     ("peer", "why"),
     [

@@ -106,8 +106,11 @@ async def test_first_picks_are_remembered_for_as_long_as_their_ramp_and_cost_not
         assert await keys(app) == []
         await app.publish([entry, cold(one.port, 0.1)])
         assert await picked(app) == {warm.key: None, one.key: False}
+        assert (await app.peer(one)).warm_picked is False
         await order(app, 11)
         assert await picked(app) == {warm.key: None, one.key: True}
+        assert (await app.peer(one)).warm_picked is True
+        assert (await app.peer(warm)).warm_picked is False
         assert await keys(app) == [f"first:3:app:{one.key}:1", "picks:app"]
         await app.publish([entry, cold(one.port, 0.2)])
         assert f"first:3:app:{one.key}:1" in await keys(app)

@@ -194,6 +194,7 @@ def _peer(counted: Mapping[str, Any]) -> PeerCounters:
         warm_epoch=None if warm is None else int(warm["epoch"]),
         warm_elapsed=0.0 if warm is None else warm["elapsed_ms"] / 1000,
         warm_started=warm is not None and warm["started"],
+        warm_picked=warm is not None and warm["picked"],
         answered=int(counted["answered"]),
         errors=int(counted["errors"]),
         timeouts=int(counted["timeouts"]),
