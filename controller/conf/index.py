@@ -11,13 +11,30 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from controller.conf.parse import ConfSyntaxError, Place, Reader
 from controller.conf.spans import line_of, statements, value, words_of
 
 Context = tuple[bytes, ...]
 """What encloses a directive: (), (b"http",), (b"http", b"NAME") inside that upstream; the same with b"stream"."""
+
+
+class Look(NamedTuple):
+    """Where a file really is, without symbolic links, and a stamp that its content does not change under.
+
+    `stamp` is None where it may, so that the file must be read: it is gone, or was written a moment ago.
+    """
+
+    real: str
+    stamp: object
+
+
+class Files(Reader, Protocol):
+    """A reader that can look at a file without reading it."""
+
+    def look(self, path: str) -> Look:
+        """The same stamp again means the same content."""
 
 
 class Splice(NamedTuple):
@@ -46,16 +63,39 @@ class Section(NamedTuple):
 class Index:
     """The files that nginx would read, each with its sections. Reads all of them at once; ConfSyntaxError.
 
-    With `known`, files whose content is still the same are not scanned again.
+    A file that is reached under several names has the first of them in here.
+
+    With `known`, files whose stamp is still the same are not read, and those with the same content not scanned again.
     """
 
-    def __init__(self, main: str, reader: Reader, known: Index | None = None) -> None:
+    def __init__(self, main: str, reader: Files, known: Index | None = None) -> None:
         self.main = main
         self._reader = reader
-        self._known = known._files if known else {}
+        self._known, self._known_looks = (known._files, known._looks) if known else ({}, {})
         self._files: dict[str, tuple[bytes, tuple[Section, ...]]] = {}
+        self._looks: dict[str, Look] = {}
+        self._globs: dict[str, Sequence[str]] = {}
         self._walk()
-        self._known = {}
+        self._known, self._known_looks = {}, {}
+
+    def current(self, reader: Files) -> Index:
+        """This index where nothing has changed since, else one that is read from `reader` with its help."""
+        looks = {path: reader.look(path) for path in self._looks}
+        again = [path for path, look in looks.items() if look != self._looks[path] or look.stamp is None]
+        same = all(self._same(path, reader) for path in again) and all(
+            list(reader.glob(pattern)) == list(found) for pattern, found in self._globs.items()
+        )
+        if not same:
+            return Index(self.main, reader, self)
+        self._reader, self._looks = reader, looks
+        return self
+
+    def _same(self, path: str, reader: Files) -> bool:
+        """Whether a file, whatever its stamp says, is where and what it was."""
+        try:
+            return reader.look(path).real == self._looks[path].real and reader.read(path) == self.data(self._name(path))
+        except OSError:
+            return False
 
     def data(self, path: str) -> bytes:
         """The content of a file that was read."""
@@ -84,13 +124,13 @@ class Index:
         ]
 
     def included(self, pattern: bytes) -> Sequence[str]:
-        """The files that an include names; relative ones start at the main file's directory."""
+        """The files that an include names, by their names here; relative ones start at the main file's directory."""
         path = posixpath.join(posixpath.dirname(self.main), pattern.decode("utf-8", "surrogateescape"))
         if not re.search(r"[*?\[]", path):
-            return [path]
+            return [self._name(path)]
         if path not in self._globs:
             self._globs[path] = self._reader.glob(path)
-        return self._globs[path]
+        return [self._name(each) for each in self._globs[path]]
 
     def take(self, path: str, data: bytes, splices: Sequence[Splice]) -> None:
         """The file is `data` now, by these splices (in order) of what it was.
@@ -98,6 +138,8 @@ class Index:
         Splices within upstream blocks, which must not touch includes, cost no scan. ConfSyntaxError when an include
         that is new cannot be read: this index is of no use then.
         """
+        real = self._looks[path].real
+        self._looks |= {name: look._replace(stamp=None) for name, look in self._looks.items() if look.real == real}
         sections = self._files[path][1]
         upstreams = [each for each in sections if each.kind == b"upstream"]
         starts = [each.stop for each in upstreams]
@@ -114,8 +156,10 @@ class Index:
     def _walk(self) -> None:
         self._contexts: dict[str, set[Context]] = defaultdict(set)
         self._blocks: dict[Context, list[tuple[str, int]]] = defaultdict(list)
-        self._globs: dict[str, Sequence[str]] = {}
-        self._visit(self.main, (), (), None)
+        self._globs = {}
+        self._names: dict[str, str] = {}
+        self._before, self._looks = self._looks, {}
+        self._visit(self._name(self.main), (), (), None)
         self._files = {path: self._files[path] for path in self._contexts}
 
     def _visit(self, path: str, context: Context, within: tuple[str, ...], at: tuple[str, int] | None) -> None:
@@ -139,14 +183,23 @@ class Index:
             names.append(section.name or section.kind)
         return (*outermost, *reversed(names))
 
+    def _name(self, path: str) -> str:
+        """What a file is called here: as it was first reached."""
+        if path not in self._looks:
+            self._looks[path] = self._before.get(path) or self._reader.look(path)
+        return self._names.setdefault(self._looks[path].real, path)
+
     def _load(self, path: str, at: tuple[str, int] | None) -> None:
         if path in self._files:
+            return
+        known, look = self._known.get(path), self._looks[path]
+        if known and look.stamp is not None and self._known_looks.get(path) == look:
+            self._files[path] = known
             return
         try:
             data = self._reader.read(path)
         except OSError as error:
             raise ConfSyntaxError(f'open() "{path}" failed ({error.strerror})', self._place(at)) from error
-        known = self._known.get(path)
         self._files[path] = known if known and known[0] == data else (data, _outline(data, path))
 
     def _place(self, at: tuple[str, int] | None) -> Place | None:

@@ -1,19 +1,24 @@
 """NginxFiles on real files, with a look-up of names that the tests own."""
 
 import asyncio
+import os
+import re
 import socket
+import subprocess
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from controller.adapters.nginx.files import NginxFiles, lookup
+from controller.adapters.nginx.files import SETTLED, DiskReader, NginxFiles, lookup
 from controller.core.model import Group, Peer, Place, Server, State
 from controller.core.policy import BalancePolicy, Policy, WarmUpPolicy
 from controller.core.table import table
 from controller.ports import ConfigError, NginxConfig
+from tests.support.nginx import missing_parts
 
 POLICY = Policy(warm_up=WarmUpPolicy(duration=7.0))
 
@@ -259,3 +264,62 @@ async def test_names_are_looked_up_as_this_machine_does(tmp_path: Path) -> None:
     config = await NginxFiles(str(path), lambda name: POLICY).read()
     assert config.upstreams == ()
     assert f"{path}:1: {too_long} does not resolve" in config.warnings[0]
+
+
+@pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "c/*.conf",
+        "c/*",
+        "c/.*.conf",
+        "c/[[:digit:]]*.conf",
+        "c/[^_]*.conf",
+        "c/[!_]*.conf",
+        r"c/a\*.conf",
+        "c/[a-b]?.conf",
+        "*/1.conf",
+        "c/**/1.conf",
+        "c/[.conf",
+        "c/[]]*.conf",
+        "c/{1,ab}*.conf",
+        "c/é*.conf",
+        "no/*.conf",
+    ],
+)
+def test_an_include_matches_what_it_matches_for_nginx(tmp_path: Path, pattern: str) -> None:
+    names = ("1", "_2", ".x", "a*", "ab", "B", "[", "]x", "{1,ab}", "é", "a\\*")
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    for name in (*(f"c/{name}.conf" for name in names), "c/d/1.conf"):
+        (tmp_path / name).write_text("# nothing\n")
+    (tmp_path / "c" / "d").rename(tmp_path / "d")
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(f"pid x.pid; events {{}}\ninclude '{pattern.replace(chr(92), chr(92) * 2)}';\n")
+    done = subprocess.run(
+        ["nginx", "-T", "-q", "-p", str(tmp_path), "-c", str(conf), "-e", "stderr"], capture_output=True, check=False
+    )
+    read = re.findall(r"^# configuration file (.*):$", done.stdout.decode(), re.MULTILINE)
+    assert done.returncode == 0, done.stderr
+    assert DiskReader().glob(f"{tmp_path}/{pattern}") == read[1:]
+
+
+def test_a_stamp_stands_for_the_content_of_a_file_that_was_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "a.conf", tmp_path / "l.conf"
+    file.write_text("one")
+    link.symlink_to("a.conf")
+    assert DiskReader().look(str(link)) == (str(file.resolve()), None), "it was written just now"
+    assert DiskReader().look(f"{tmp_path}/./a.conf").real == str(file.resolve())
+    assert DiskReader().look(f"{tmp_path}/gone.conf").stamp is None
+    later = time.time() + 2 * SETTLED
+    monkeypatch.setattr("controller.adapters.nginx.files.time.time", lambda: later)
+    look = DiskReader().look(str(link))
+    assert look.stamp is not None
+    assert look == DiskReader().look(str(file))
+    times = file.stat()
+    other = tmp_path / "new"
+    other.write_text("two")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.rename(file)
+    assert DiskReader().look(str(file)) != look

@@ -139,7 +139,7 @@ def files() -> Iterator[Row]:
         edits = edit_speed.measure(layout)
         worst = max(edits.edits.values())
         what = f"one edit and its proof in {edits.megabytes:.1f} MB, {edits.files:,} file{'s' * (edits.files > 1)}"
-        yield Row(what, f"{worst:.1f} ms at most, {edits.reads} files read", "<= 50 ms", worst <= 50)
+        yield Row(what, f"{worst:.1f} ms at most, without a parse", "<= 50 ms", worst <= 50)
 
 
 def reloads() -> Iterator[Row]:

@@ -22,7 +22,7 @@ from controller.conf.edit import (
     SetParameter,
     plan,
 )
-from controller.conf.index import Index
+from controller.conf.index import Index, Look
 from controller.conf.parse import ConfSyntaxError
 from tests.support.confs import Files, corpus_files, needs_corpus
 
@@ -34,6 +34,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "editing.md"
 def files(text: bytes | str, **others: bytes) -> Files:
     named = {f"/n/{name}.conf": data for name, data in others.items()}
     return Files({MAIN: text.encode() if isinstance(text, str) else text, **named})
+
+
+def linked(text: str) -> Files:
+    """With /n/l/s.conf, a symbolic link to /n/s.conf."""
+    return Files({MAIN: text.encode(), "/n/s.conf": b"server b;"}, {"/n/l/s.conf": "/n/s.conf"})
 
 
 def apply(where: Files, *edits: Edit) -> Files:
@@ -277,6 +282,12 @@ REFUSED = {
             files("http { upstream app { include s.conf; } upstream b { include s.conf; } }", s=b"server b;"),
             AddServer("app", "c"),
         ),
+        (
+            files("http { upstream app { include s.conf; } upstream b { include ./s.conf; } }", s=b"server b;"),
+            weight("2", "b"),
+        ),
+        (linked("http { upstream app { include s.conf; } upstream b { include l/*.conf; } }"), AddServer("app", "c")),
+        (linked("http { upstream app { include l/s.conf; } upstream b { include s.conf; } }"), weight("2", "b")),
     ],
     Reason.FOREIGN_HOOK: [
         (files(block("server a; balancer_by_lua_block { }")), AddHook("app")),
@@ -375,6 +386,66 @@ def test_only_the_file_that_changed_is_scanned_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("controller.conf.index._outline", lambda data, path: scanned.append(path) or ())
     Index(MAIN, where, index)
     assert scanned == ["/n/s.conf"]
+
+
+def test_a_file_that_an_upstream_reads_under_two_names_is_edited_once() -> None:
+    for second in ("l/s.conf", "./s.conf", "/n/l/../s.conf"):
+        where = linked(f"http {{ upstream app {{ include s.conf; include {second}; }} }}")
+        (made,) = plan(Index(MAIN, where), [weight("2", "b")])
+        assert (made.path, made.after) == ("/n/s.conf", b"server b weight=2;")
+
+
+class Stamped(Files):
+    """Files with stamps, which count what is read."""
+
+    def __init__(self, files: dict[str, bytes], links: dict[str, str] | None = None) -> None:
+        super().__init__(files, links or {})
+        self.stamps: dict[str, object] = {}
+        self.reads: list[str] = []
+
+    def look(self, path: str) -> Look:
+        real = super().look(path).real
+        return Look(real, self.stamps.get(real, 1))
+
+    def read(self, path: str) -> bytes:
+        self.reads.append(path)
+        return super().read(path)
+
+
+def test_only_what_its_stamp_does_not_vouch_for_is_read_again() -> None:
+    where = Stamped(
+        {MAIN: b"http { include *.d; upstream app { server a; } }", "/n/a.d": b"", "/n/b.d": b""}, {"/n/l.d": "/n/b.d"}
+    )
+    index = Index(MAIN, where)
+    assert where.reads == [MAIN, "/n/a.d", "/n/b.d"]
+    where.reads.clear()
+    assert index.current(where) is index
+    assert where.reads == []
+    where.stamps = {"/n/a.d": 2}
+    assert index.current(where) is index, "a touch"
+    assert where.reads == ["/n/a.d"]
+    where.reads.clear()
+    assert index.current(where) is index
+    assert where.reads == [], "the new stamp is known"
+    where.stamps = {"/n/a.d": 2, "/n/b.d": None}
+    where.files["/n/b.d"] = b"upstream b { server b; }"
+    second = index.current(where)
+    assert second.blocks((b"http", b"b"))
+    assert set(where.reads) == {"/n/b.d"}
+    where.files["/n/c.d"] = b"upstream c { server c; }"
+    assert second.current(where).blocks((b"http", b"c"))
+    where.links = {"/n/l.d": "/n/a.d"}
+    assert second.current(where).current(where).contexts("/n/a.d") == {(b"http",)}
+
+
+def test_after_an_own_edit_a_stamp_vouches_for_nothing() -> None:
+    where = Stamped({MAIN: block("server a;").encode()})
+    index = Index(MAIN, where)
+    (made,) = plan(index, [weight("2")])
+    index.take(made.path, made.after, made.splices)
+    current = index.current(where)
+    assert current.data(MAIN) == where.files[MAIN], "nobody wrote the edit"
+    assert current.blocks((b"http", b"app"))
 
 
 def test_an_edit_scans_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

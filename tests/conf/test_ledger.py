@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from controller.conf.edit import plan
-from controller.conf.index import Index
+from controller.conf.index import Index, Look
 from controller.conf.ledger import Ledger, restoring, written_lines
 from controller.conf.parse import parse
 
@@ -29,6 +29,9 @@ class Files(dict[str, bytes]):
 
     def read(self, path: str) -> bytes:
         return self[path]
+
+    def look(self, path: str) -> Look:
+        return Look(path, None)
 
     def glob(self, pattern: str) -> Sequence[str]:
         return []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
+
+from controller.conf.index import Look
 
 CORPUS = os.environ.get("HEADGATE_CORPUS")
 needs_corpus = pytest.mark.skipif(not CORPUS, reason="HEADGATE_CORPUS names no folder of configurations")
@@ -35,19 +38,24 @@ def corpus_files() -> list[Path]:
 
 @dataclass
 class Files:
-    """A reader of bytes by path."""
+    """A reader of bytes by path; `links` are symbolic links."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+
+    def look(self, path: str) -> Look:
+        path = posixpath.normpath(path)
+        return Look(self.links.get(path, path), None)
 
     def read(self, path: str) -> bytes:
         try:
-            return self.files[path]
+            return self.files[self.look(path).real]
         except KeyError:
             raise FileNotFoundError(2, "No such file or directory", path) from None
 
     def glob(self, pattern: str) -> list[str]:
         wanted = re.compile(re.escape(pattern).replace(r"\*", "[^/]*"))
-        return sorted(path for path in self.files if wanted.fullmatch(path))
+        return sorted(path for path in (*self.files, *self.links) if wanted.fullmatch(path))
 
 
 # What stands between two words, and what may stand where nothing need stand.

@@ -316,6 +316,7 @@ class ReloadPlane:
         await self._remember(replace(before, ledger=made.ledger, dirty=True))
         try:
             await self._writer.apply(made.files)
+            self._take(made.files)
         except (Changed, CheckFailed, WriteFailed) as error:
             await self._remember(before)
             if isinstance(error, Changed):
@@ -365,8 +366,15 @@ class ReloadPlane:
                 asked.answer.set_result(status)
 
     def _planned(self, table: Table, target: Mapping[Key, float]) -> Plan:
-        self._index = Index(str(self._conf), DiskReader(), self._index)
+        known, reader = self._index, DiskReader()
+        self._index = known.current(reader) if known else Index(str(self._conf), reader)
         return planned(self._index, table, target, self._known.ledger)
+
+    def _take(self, files: Iterable[FileEdit]) -> None:
+        """The index follows what was written without reading it."""
+        for each in files:
+            if self._index is not None:
+                self._index.take(each.path, each.after, each.splices)
 
     async def _remember(self, memory: Memory) -> None:
         await asyncio.to_thread(memory.save, self._state, self._clock)
