@@ -28,6 +28,8 @@ def between(old: State, new: State, notes: Sequence[Note], clock: Clock, again: 
         for key in group.peers
         if name not in new.groups or key not in new.groups[name].peers
     }
+    if new.configured and old.stored:  # of servers that left nginx.conf while no daemon ran
+        gone |= dict.fromkeys(old.stored.keys() - peers.keys())
     changes = {number: each for number, each in new.changes.items() if each is not old.changes.get(number)}
     numbers = (new.revision, new.next_change, new.next_epoch)
     same = numbers == (old.revision, old.next_change, old.next_epoch)

@@ -72,7 +72,7 @@ Wish = AdminWished | ChangeWished | SteerWished | OfflineNoticed | OnlineNoticed
 IDLE = 1.0  # seconds between two ticks while nothing is going on
 BUSY = 0.1  # seconds between two ticks while a change runs
 NOTES = 10_000  # events that are kept for recording while the store cannot be written
-FLUSH = 5.0  # seconds between two writes of what the servers got
+FLUSH = 5.0  # seconds between two writes of what the servers got, and of a running change at the longest
 STALLED = 5.0  # seconds without a turn of the task after which it counts as stuck
 
 
@@ -135,7 +135,7 @@ class Runtime:
         self._turned = clock.now()
         self._changed = asyncio.Event()
         self._recorded = asyncio.Event()
-        self._stored = State()
+        self._stored, self._stored_at = State(), 0.0
         self._notes: list[Note] = []  # not recorded yet
         self._held: list[Effect] = []  # not carried out yet, since they are not recorded
         self._tasks: set[asyncio.Task[None]] = set()
@@ -393,7 +393,9 @@ class Runtime:
 
         While the store fails, health and publishing go on; wishes and steps of changes do not.
         """
-        delta = between(self._stored, self.state, self._notes, self.clock, again=bool(self.store_error))
+        # The deadlines of changes do not count the time since the last record: where they run, that must not be long.
+        late = change.busy(self.state) and self.clock.now() - self._stored_at >= FLUSH
+        delta = between(self._stored, self.state, self._notes, self.clock, again=late or bool(self.store_error))
         if delta is not None:
             state = self.state
             try:
@@ -405,7 +407,7 @@ class Runtime:
                     raise
                 return
             self.store_error = ""
-            self._stored, self._notes = state, []
+            self._stored, self._stored_at, self._notes = state, delta.now, []
             for record in records:
                 log.info(record.text, kind=record.kind, upstream=record.upstream, server=record.server)
             if records:
