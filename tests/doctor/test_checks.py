@@ -256,6 +256,21 @@ CASES = [
         managed(toml=hashing("$uri")),
         "headgate.toml: defaults.balance.key",
     ),
+    *(
+        Case(
+            "bound-idle",
+            managed(f"{method} {TWO} {HOOK}", toml={"upstream": {"app": {"balance": {"bound": 1.25}}}}),
+            managed(f"hash $uri consistent; {TWO} {HOOK}", toml={"upstream": {"app": {"balance": {"bound": 1.25}}}}),
+            "headgate.toml: upstream.app.balance.bound",
+        )
+        for method in ("", "hash $uri;", "least_conn;")
+    ),
+    Case(
+        "bound-idle",
+        managed(toml={"upstream": {"app": {"balance": {"bound": 2}}}}),
+        managed(toml={"defaults": {"balance": {"bound": 2}}, "upstream": {"app": {"drain": {}}}}),
+        "headgate.toml: upstream.app.balance.bound",
+    ),
     Case("burst", upstream(f"least_conn; {TWO}"), upstream(f"random; {TWO}"), f"{CONF}:3"),
     Case("burst", upstream(f"random two least_conn; {TWO}"), upstream(TWO), f"{CONF}:3"),
     Case("lone-warm-up", managed(f"server 127.0.0.1:1; {HOOK}"), managed(), f"{CONF}:3"),

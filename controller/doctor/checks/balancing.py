@@ -58,6 +58,23 @@ def hash_key(facts: Facts) -> Iterator[Found]:
                 )
 
 
+@check("bound-idle", Severity.WARNING)
+def bound_idle(facts: Facts) -> Iterator[Found]:
+    """headgate.toml bounds the load of an upstream whose method in nginx.conf is no consistent hash: in vain."""
+    for block, *_ in facts.hooks():
+        own = facts.settings.upstream.get(block.name)
+        if not own or own.balance.method or own.balance.bound in (0, facts.settings.defaults.balance.bound):
+            continue
+        if block.method != "hash" or "consistent" not in block.method_args:
+            yield Found(
+                block.name,
+                facts.setting(f"upstream.{block.name}.balance.bound"),
+                f"bound = {own.balance.bound:g} goes with a consistent hash, and this upstream has "
+                f"{' '.join((block.method, *block.method_args)) or 'round robin'}",
+                f'write method = "hash" and a key in [upstream.{block.name}.balance], or take bound out',
+            )
+
+
 @check("burst", Severity.HINT)
 def burst(facts: Facts) -> Iterator[Found]:
     """least_conn or random two: a server that comes online has no connections, so it gets everything new at first."""
