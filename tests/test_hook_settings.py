@@ -31,6 +31,14 @@ def test_without_hooks_nothing_is_called() -> None:
     assert policy("") == HookPolicy()
 
 
+def test_registering_is_when_a_server_is_up_or_warm() -> None:
+    assert policy('[upstream.app.hooks]\nregister_at = "warm"') == HookPolicy(register_at="warm")
+    with pytest.raises(
+        SettingsError, match="register_at: 'late' is not known; write 'up' or 'warm'"
+    ):
+        policy('[upstream.app.hooks]\nregister_at = "late"')
+
+
 def test_hooks_are_lists_of_requests_and_commands_in_the_order_in_which_they_stand() -> None:
     known = policy(
         """

@@ -45,6 +45,7 @@ from controller.core.steps import (
     STEPS,
     WATCHED,
     fail,
+    in_vain,
     nearest,
     note,
     put,
@@ -393,7 +394,7 @@ def _begin_step(state: State, change: Change, at: int, now: float) -> tuple[Stat
         if change.kind is not ChangeKind.DRAIN:
             state, mates, effects = shared.hold(state, change, step.server)
             step = replace(step, mates=mates)
-        step = replace(step, revision=state.revision, detail="")
+        step = replace(step, revision=state.revision, detail="", quiet=None)
     elif step.name is StepName.EMPTY:
         # The table of the drain, or the later one that let go of the sessions too.
         step = replace(step, revision=max(s.revision for s in change.steps if s.server == step.server))
@@ -429,11 +430,16 @@ def _waits(change: Change, group: Group, step: Step) -> str | None:
 
 
 def _wait(state: State, change: Change, at: int, why: str, now: float) -> State:
-    """The step stays pending; after a failure elsewhere its server is not touched any more."""
+    """The step stays pending, for `wait_timeout`; after a failure elsewhere its server is not touched any more."""
     step = change.steps[at]
     if any(each.state is StepState.FAILED and each.batch >= change.back for each in change.steps):
         return put(state, skip(change, step.server, "another server failed", now))
-    return state if step.detail == why else put(state, with_step(change, at, replace(step, detail=why)))
+    since = now if step.quiet is None else step.quiet
+    limit = state.groups[change.upstream].upstream.policy.rollout.wait_timeout
+    if in_vain(change, since, now) >= limit:
+        return fail(state, change, at, f"{why}, for {limit:g} s now", now)
+    waits = replace(step, detail=why, quiet=since)
+    return state if step == waits else put(state, with_step(change, at, waits))
 
 
 def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from controller.core import drain, hold, peers, shared, warmup
 from controller.core.events import PeerSeen
 from controller.core.model import Admin, Change, Group, Health, Peer, State, Step, StepName, StepState, Warmth
-from controller.core.steps import fail, nearest, put, settle, with_step
+from controller.core.policy import WarmUpPolicy
+from controller.core.steps import fail, in_vain, nearest, put, settle, with_step
 
 
 def _judge_drain(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
@@ -42,7 +43,9 @@ def _judge_sessions(state: State, change: Change, at: int, now: float, seen: Pee
 def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSeen | None) -> State:
     """Empty is a process when each of its peers was proved to be: none of them gets anything new meanwhile."""
     step, policy = change.steps[at], state.groups[change.upstream].upstream.policy.drain
-    requested = _drained(change, at).started or now
+    drained, sessions = _drained(change, at), nearest(change, at, StepName.SESSIONS)
+    # Sticky sessions have time of their own: while they lasted, requests came.
+    requested = max(drained.started or now, (sessions and sessions.ended) or 0.0)
     left = tuple(mate for mate in step.mates if shared.peer_of(state, mate))
     mine = next((mate for mate in left if seen and (mate.upstream, mate.server) == (seen.upstream, seen.server)), None)
     seen = seen if mine else None
@@ -50,7 +53,7 @@ def _judge_empty(state: State, change: Change, at: int, now: float, seen: PeerSe
     if verdict is drain.Verdict.EMPTY:
         left = tuple(mate for mate in left if mate is not mine)
     if not left:
-        names = [mate.upstream for mate in _drained(change, at).mates]
+        names = [mate.upstream for mate in drained.mates]
         also = f", nor by {', '.join(dict.fromkeys(names))}" if names else ""
         return settle(state, change, at, StepState.DONE, f"no request in flight{also}", now)
     if verdict in (drain.Verdict.WAIT, drain.Verdict.EMPTY):
@@ -97,7 +100,7 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
     if why := _repeated(group, step):
         return fail(state, change, at, f"taken out of traffic again while warming: {why}", now)
     if why := _away(group, step):
-        return _say(state, change, at, f"held: {why}")
+        return _warms_on(state, change, at, now, f"held: {why}")
     idle = warm.phase is Warmth.WAITING and now - warm.since >= policy.duration
     if idle or not warmup.active(warm):
         return _judge_warm_mates(state, change, at, now, idle)
@@ -107,8 +110,8 @@ def _judge_warm(state: State, change: Change, at: int, now: float, _: PeerSeen |
     if warm.phase is Warmth.HELD:
         detail = f"held: {warm.why}"
     elif warm.phase is Warmth.QUEUED:
-        detail = "waits until others are warm"
-    return _say(state, change, at, detail)
+        detail = _QUEUED
+    return _warms_on(state, change, at, now, detail)
 
 
 def _judge_warm_mates(state: State, change: Change, at: int, now: float, idle: bool) -> State:
@@ -121,10 +124,34 @@ def _judge_warm_mates(state: State, change: Change, at: int, now: float, idle: b
         if warm.phase is Warmth.HELD and warm.elapsed <= 0 and now - warm.since >= 2 * policy.step_back:
             return fail(state, change, at, f"does not warm up in {name}: {warm.why}", now)
         if warmup.active(warm) and not (warm.phase is Warmth.WAITING and now - warm.since >= policy.duration):
-            return _say(state, change, at, f"waits until it is warm in {name}")
+            return _warms_on(state, change, at, now, f"waits until it is warm in {name}")
     patience = state.groups[change.upstream].upstream.policy.warm_up.duration
     said = f"no request came in {patience:g} s" if idle else f"warm after {now - (step.started or now):.1f} s"
     return settle(state, change, at, StepState.DONE, said, now)
+
+
+def _warms_on(state: State, change: Change, at: int, now: float, detail: str) -> State:
+    """The server is not warm yet, and `detail` may say why. It has `warm_timeout` from when its turn has come, and
+    `wait_timeout` until then."""
+    step, policy = change.steps[at], state.groups[change.upstream].upstream.policy
+    if step.detail == _QUEUED != detail:
+        return _say(state, change, at, detail, now)
+    since = step.quiet or step.started or now
+    if detail == _QUEUED:
+        taken, limit = in_vain(change, since, now), policy.rollout.wait_timeout
+    else:
+        taken, limit = now - since, policy.rollout.warm_timeout or _patience(policy.warm_up)
+    if taken >= limit:
+        return fail(state, change, at, f"not warm within {limit:g} s{detail and f': {detail}'}", now)
+    return _say(state, change, at, detail, step.quiet)
+
+
+def _patience(policy: WarmUpPolicy) -> float:
+    """Seconds for a ramp that steps back all the way, ten steps, and goes up again, with a few holds."""
+    return 5 * policy.duration + 10 * policy.step_back
+
+
+_QUEUED = "waits until others are warm"
 
 
 def _judge_hold(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:

@@ -123,11 +123,13 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class HookPolicy:
-    """What is called before a server leaves the traffic, when it is empty, and when its probes have passed again."""
+    """What is called before a server leaves the traffic, when it is empty, and when its probes have passed again: with
+    `register_at` `warm`, when its warm-up is over, too."""
 
     before_drain: tuple[Hook, ...] = ()
     after_drain: tuple[Hook, ...] = ()
     after_up: tuple[Hook, ...] = ()
+    register_at: str = "up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,10 @@ class RolloutPolicy:
     The budget of the whole upstream is judged every `window` seconds, by `min_requests` ended tries or more: a change
     stops when more than the share `max_errors` of them failed, or their mean response time is more than `max_latency`
     times that of before (0: neither). `on_failure` is `stop` or `roll-back`: what a change does that fails.
+
+    `warm_timeout`: how long a server may take until it is warm, holds and all (None: five times the duration of the
+    warm-up and ten of its `step_back`); `wait_timeout`: how long one may wait for others while the change gets on
+    nowhere.
     """
 
     ready_time: float = 0.0
@@ -212,6 +218,8 @@ class RolloutPolicy:
     min_requests: int = 100
     window: float = 10.0
     on_failure: str = "stop"
+    warm_timeout: float | None = None
+    wait_timeout: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,10 @@ def _wanted(names: tuple[StepName, ...], policy: Policy) -> tuple[StepName, ...]
     if not policy.sticky.cookie:
         off.add(StepName.SESSIONS)
     off |= {name for name in HOOKS if not getattr(policy.hooks, name)}
+    if policy.hooks.register_at == "warm" and StepName.WARM in names and StepName.AFTER_UP not in off:
+        warm = names.index(StepName.WARM) + 1
+        before = tuple(name for name in names[:warm] if name is not StepName.AFTER_UP)
+        names = (*before, StepName.AFTER_UP, *names[warm:])
     return tuple(name for name in names if name not in off)
 
 
@@ -134,6 +138,12 @@ def nearest(change: Change, at: int, *names: StepName) -> Step | None:
     """The last step of one of these names up to step `at`, of its server."""
     server = change.steps[at].server
     return next((s for s in reversed(change.steps[: at + 1]) if s.server == server and s.name in names), None)
+
+
+def in_vain(change: Change, since: float, now: float) -> float:
+    """Seconds that somebody has waited `since` a time for others, without the change getting on meanwhile."""
+    moved = (at for step in change.steps for at in (step.started, step.ended) if at is not None)
+    return now - max([since, *moved])
 
 
 def settle(state: State, change: Change, at: int, outcome: StepState, detail: str, now: float) -> State:

@@ -160,6 +160,7 @@ class HooksTable(Table):
     before_drain: Annotated[tuple[HookTable, ...], Field(strict=False)] = ()
     after_drain: Annotated[tuple[HookTable, ...], Field(strict=False)] = ()
     after_up: Annotated[tuple[HookTable, ...], Field(strict=False)] = ()
+    register_at: Literal["up", "warm"] = "up"
     registry: RegistryTable = RegistryTable()
 
     def policy(self) -> HookPolicy:
@@ -168,4 +169,5 @@ class HooksTable(Table):
             (*self.registry.hook(back=False), *(each.hook() for each in self.before_drain)),
             tuple(each.hook() for each in self.after_drain),
             (*(each.hook() for each in self.after_up), *self.registry.hook(back=True)),
+            self.register_at,
         )

@@ -302,6 +302,8 @@ class RolloutTable(Table):
     min_requests: Annotated[int, Field(ge=1)] = 100
     window: Annotated[Duration, Field(ge=1)] = 10.0
     on_failure: Literal["stop", "roll-back"] = "stop"
+    warm_timeout: PositiveDuration | None = None
+    wait_timeout: PositiveDuration = 600.0
 
     @model_validator(mode="after")
     def _allows(self) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from controller.core import hold, table
-from controller.core.events import ConfigRead, PeerSeen, TrafficSeen
+from controller.core.events import ChangeWished, ConfigRead, PeerSeen, TrafficSeen
 from controller.core.model import ChangeKind, ChangeStatus, StepName, Traffic, Upstream, Warmth
 from controller.core.policy import Policy, WarmUpPolicy
 from tests.core.world import POLICY, A, B, C, World, server, upstream
@@ -284,6 +284,52 @@ def test_a_rollout_stops_at_a_server_that_does_worse_even_with_the_least_traffic
     assert edge.world.change(number).error == (
         f"{C}: warm: does not warm up: error rate 15.0 % against 1.0 % of its warm peers"
     )
+
+
+@pytest.mark.parametrize(("timeout", "limit"), [(None, 800.0), (150.0, 150.0)])
+def test_a_warm_up_that_holds_and_goes_on_by_turns_has_its_limit(timeout: float | None, limit: float) -> None:
+    edge = Edge().begin(replace(SLOW, rollout=replace(SLOW.rollout, warm_timeout=timeout)), elapsed=200.0)
+    number = edge.world.wish(ChangeKind.RESTART, C)
+    edge.world.live(10)
+    edge.read()
+    step = next(s for s in edge.world.change(number).steps if s.name is StepName.WARM)
+    began = step.started or 0.0
+    while not edge.world.change(number).status.ended:
+        edge.window(ERRS, times=7).window(FINE)
+        assert edge.world.now < began + limit + 50, "and never without end"
+    change = edge.world.change(number)
+    step = next(s for s in change.steps if s.name is StepName.WARM)
+    assert (step.ended or 0.0) - began >= limit
+    assert change.status is ChangeStatus.FAILED
+    assert change.error.startswith(f"{C}: warm: not warm within {limit:g} s")
+
+
+def test_waiting_for_its_turn_does_not_count_to_a_warm_up() -> None:
+    slow = replace(SLOW, rollout=replace(SLOW.rollout, warm_timeout=101.0, wait_timeout=300.0))
+    world = World().configure(upstream(3, policy=slow))
+    for key in (A, B, C):
+        world.probe(key, times=2)
+    outcome = world.take(ChangeWished(ChangeKind.ROLLOUT, "app", (A, B), 2, forced=True))
+    assert outcome.change is not None
+    world.live(60)
+    assert world.peer(A).warm_up.phase is Warmth.RUNNING
+    waits = [s.detail for s in world.change(outcome.change).steps if s.server == B and s.name is StepName.WARM]
+    assert waits == ["waits until others are warm"]
+    world.live(300)
+    assert world.change(outcome.change).status is ChangeStatus.DONE
+
+
+def test_a_turn_that_never_comes_has_its_limit() -> None:
+    slow = replace(SLOW, rollout=replace(SLOW.rollout, wait_timeout=50.0))
+    world = World().configure(upstream(3, policy=slow))
+    for key in (A, B, C):
+        world.probe(key, times=2)
+    world.probe(A, ok=False, times=3).probe(A, times=2)
+    assert world.peer(A).warm_up.phase is Warmth.RUNNING
+    number = world.wish(ChangeKind.RESTART, B)
+    world.live(80)
+    change = world.change(number)
+    assert change.error == f"{B}: warm: not warm within 50 s: waits until others are warm"
 
 
 def test_a_ramp_that_came_back_to_its_beginning_makes_nobody_wait() -> None:

@@ -57,6 +57,25 @@ def test_hooks_are_called_before_the_drain_after_it_and_when_the_probes_pass() -
     assert it.change(number).status is ChangeStatus.DONE
 
 
+def test_a_server_may_be_registered_once_it_is_warm() -> None:
+    it = world(replace(ALL, hooks=replace(ALL.hooks, register_at="warm")))
+    number = it.wish(ChangeKind.RESTART, A)
+    until(it, number, StepName.WARM)
+    assert StepName.AFTER_UP not in [job.name for job in it.jobs]
+    it.live(60)
+    begun = [note.text.rsplit(" ", 1)[1] for note in it.notes if note.kind == "step"]
+    assert begun[-4:] == ["up", "warm", "after_up", "hold"]
+    assert it.change(number).status is ChangeStatus.DONE
+
+
+def test_one_that_is_aborted_while_it_warms_is_registered_at_once() -> None:
+    it = world(replace(ALL, hooks=replace(ALL.hooks, register_at="warm")))
+    number = it.wish(ChangeKind.RESTART, A)
+    until(it, number, StepName.WARM)
+    it.take(SteerWished(number, Steer.ABORT))
+    assert due(it, number) == [StepName.AFTER_UP]
+
+
 def test_no_hook_that_is_not_configured_is_a_step() -> None:
     it = world(replace(POLICY, hooks=HookPolicy(after_up=CALL)))
     number = it.wish(ChangeKind.RESTART, A)

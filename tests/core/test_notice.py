@@ -21,7 +21,7 @@ from controller.core.events import (
     Ticked,
 )
 from controller.core.model import Admin, ChangeKind, ChangeStatus, Health, Refused, State, StepName, StepState, Warmth
-from controller.core.policy import NoticePolicy, Policy, QuarantinePolicy, StickyPolicy
+from controller.core.policy import DrainPolicy, NoticePolicy, Policy, QuarantinePolicy, StickyPolicy
 from controller.core.step import step
 from tests.core.world import POLICY, A, B, C, World, upstream
 
@@ -255,6 +255,20 @@ def test_the_deadline_moves_sessions_that_never_end() -> None:
         reads(world, 100 + second, in_flight=1)
     assert world.entry(A)["state"] == "drain"
     assert state_of(world, number, StepName.EMPTY) is StepState.RUNNING, "what is in flight still finishes"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_by_default_what_is_in_flight_has_its_time_after_the_sessions_have_had_theirs(left: int) -> None:
+    world = settled(replace(POLICY, drain=DrainPolicy(), sticky=StickyPolicy("route")))
+    number = world.wish(ChangeKind.DRAIN, A)
+    for second in range(59):
+        world.now += 1
+        reads(world, 100 + min(second, 29), in_flight=1)
+    assert state_of(world, number, StepName.SESSIONS) is StepState.DONE
+    assert state_of(world, number, StepName.EMPTY) is StepState.RUNNING
+    world.now += 1
+    reads(world, 129, in_flight=left)
+    assert world.change(number).status is (ChangeStatus.FAILED if left else ChangeStatus.DONE)
 
 
 def test_a_drain_is_not_empty_before_nginx_serves_the_table_without_the_sessions() -> None:

@@ -240,6 +240,25 @@ def test_no_server_is_taken_away_while_more_than_max_unavailable_would_not_serve
     assert out == 1, "one at a time, though the batch has two"
 
 
+def test_a_server_does_not_wait_for_ever_for_others_but_as_long_as_the_change_gets_on() -> None:
+    rollout = replace(POLICY.rollout, wait_timeout=25.0)
+    world = World().configure(upstream(4, policy=replace(POLICY, rollout=rollout)))
+    outcome = world.take(ChangeWished(ChangeKind.ROLLOUT, "app", (A, B, C), 3, max_unavailable=1))
+    number = outcome.change
+    assert number is not None
+    until(world, number, StepName.WARM)
+    world.live(20)
+    assert not world.change(number).error, "C waits for longer, but A has got on, and B"
+    world.probe("127.0.0.1:8004", ok=False, times=3)
+    world.healthy = lambda key: key != "127.0.0.1:8004"
+    world.live(200)
+    change = world.change(number)
+    assert change.status is ChangeStatus.FAILED
+    said = "drain: waits: 1 others do not serve, or are not warm yet; at most 1 may be away, for 25 s now"
+    assert change.error.endswith(said)
+    assert world.serving() == (A, B, C)
+
+
 def test_a_server_that_waits_is_left_alone_once_another_has_failed() -> None:
     world = World().configure(upstream(4))
     outcome = world.take(ChangeWished(ChangeKind.ROLLOUT, "app", (A, B), 2, max_unavailable=1))

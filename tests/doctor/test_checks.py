@@ -121,6 +121,7 @@ CASES = [
             ({"defaults": {"quarantine": {"marks": True}}}, "defaults.quarantine.marks"),
             ({"defaults": {"sticky": {"max_age": 60}}}, "defaults.sticky.max_age"),
             ({"defaults": {"balance": {"bound": 1.25}}}, "defaults.balance.bound"),
+            ({"defaults": {"rollout": {"max_latency": 2}}}, "defaults.rollout.max_latency"),
         )
     ),
     Case(

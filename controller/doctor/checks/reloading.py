@@ -16,6 +16,7 @@ _LUA_ONLY = {
     "quarantine": frozenset({"marks"}),
     "sticky": frozenset(StickyTable.model_fields),
     "balance": frozenset({"bound"}),
+    "rollout": frozenset({"max_errors", "max_latency", "min_requests", "window"}),
 }  # by table
 _MIN_TIMEOUT = (1, 27, 4)  # the first version with keepalive_min_timeout
 
