@@ -33,9 +33,7 @@ def test_without_hooks_nothing_is_called() -> None:
 
 def test_registering_is_when_a_server_is_up_or_warm() -> None:
     assert policy('[upstream.app.hooks]\nregister_at = "warm"') == HookPolicy(register_at="warm")
-    with pytest.raises(
-        SettingsError, match="register_at: 'late' is not known; write 'up' or 'warm'"
-    ):
+    with pytest.raises(SettingsError, match="register_at: 'late' is not known; write 'up' or 'warm'"):
         policy('[upstream.app.hooks]\nregister_at = "late"')
 
 
