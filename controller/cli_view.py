@@ -103,7 +103,29 @@ def steps(change: Json) -> RenderableType:
             began = clock(step["started_at"]) if step["started_at"] else ""
             table.add_row(name, step["name"], state, began, _took(step, "started_at"), step["detail"])
             name = ""
-    return Group(table, Text(), sentence(change))
+    return Group(table, Text(), sentence(change), *_compared(change))
+
+
+def _compared(change: Json) -> Iterator[RenderableType]:
+    """What was planned beside what happened."""
+    plan, outcome = change["plan"], change["outcome"]
+    if plan is None:
+        return
+    table = _table("", "PLANNED", "OBSERVED")
+    seen = outcome or {"server": ""}
+    load = f"{seen['load']:.2f} × at {seen['server']}" if seen["server"] else "too few requests"
+    rate = "not known" if plan["rate"] is None else f"{plan['rate']:.0f}/s"
+    planned = f"{plan['load']:.2f} × at {plan['server']}" if plan["server"] else "no server serves"
+    rows = (
+        ("duration", duration(plan["duration"]), outcome and duration(outcome["duration"])),
+        ("serving", f"at least {plan['serving']} of {plan['before']}", outcome and f"at least {outcome['serving']}"),
+        ("peak load", planned, outcome and load),
+        ("requests", rate, outcome and f"{outcome['rate']:.0f}/s"),
+    )
+    for name, *cells in rows:
+        table.add_row(name, *(cell or "" for cell in cells))
+    yield Text()
+    yield table
 
 
 def progress(change: Json, in_flight: dict[str, int]) -> RenderableType:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from controller.core.events import Note
-from controller.core.model import Change, Master, Peer, Server, Upstream
+from controller.core.model import Change, Foreseen, Master, Peer, Server, Upstream
+from controller.core.outcome import Happened
 from controller.core.policy import ProcessPolicy
 from controller.errors import HeadgateError
 
@@ -376,7 +377,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChangeRecord:
-    """A change with times for people (seconds since the epoch)."""
+    """A change with times for people (seconds since the epoch); what was planned, and, after its end, what it did."""
 
     id: int
     kind: str
@@ -387,6 +388,8 @@ class ChangeRecord:
     ended_at: float | None
     error: str
     steps: tuple[StepRecord, ...] = ()
+    plan: Foreseen | None = None
+    outcome: Happened | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +425,12 @@ class Store(Protocol):
 
     async def change(self, change: int) -> ChangeRecord | None:
         """One change with its steps."""
+
+    async def unjudged(self) -> tuple[int, ...]:
+        """The oldest changes that have ended and of which is planned, and not yet recorded, what they did."""
+
+    async def save_outcome(self, change: int, happened: Happened) -> None:
+        """Record what a change did; StoreError."""
 
     async def last_change(self, upstream: str, server: str) -> ChangeRecord | None:
         """The newest change in which this server has steps, with its steps."""

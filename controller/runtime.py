@@ -41,6 +41,7 @@ from controller.core.step import step
 from controller.errors import HeadgateError
 from controller.follow import Follower
 from controller.ports import (
+    ChangeRecord,
     Check,
     Clock,
     ConfigError,
@@ -62,7 +63,7 @@ from controller.ports import (
     Target,
     TrafficRecord,
 )
-from controller.record import between
+from controller.record import between, judged
 from controller.stages import carry_out, tell
 
 log = structlog.get_logger("headgate")
@@ -296,6 +297,14 @@ class Runtime:
         `seconds`; PlaneUnreachable, PlaneRefused."""
         return await self._follower.emptied(upstream, keys, revision, seconds)
 
+    async def change(self, number: int) -> ChangeRecord | None:
+        """A change as recorded, with what it did once it has ended; StoreError."""
+        record = await self.store.change(number)
+        if record is None or record.plan is None or record.outcome or record.ended_at is None:
+            return record
+        await self._keep_traffic()
+        return await judged(self.store, record, self.state.groups.get(record.upstream))
+
     async def traffic(
         self, upstream: str, since: int, until: int, step: int, server: str | None = None
     ) -> tuple[TrafficRecord, ...]:
@@ -426,6 +435,11 @@ class Runtime:
         while True:
             await asyncio.sleep(FLUSH)
             await self._keep_traffic()
+            try:
+                for number in await self.store.unjudged():
+                    await self.change(number)
+            except StoreError as error:
+                self._store_fails(error)
 
     async def _keep_traffic(self) -> None:
         """Record what the servers got. While the store fails there is a gap."""

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import re
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from controller.api import metrics, wire
 from controller.api.edge import add_check, add_edge
 from controller.api.face import Runtime
 from controller.api.history import add_history
-from controller.api.plan import add_plan
+from controller.api.plan import add_plan, foretold
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
 from controller.core.change import group_of, resolve
@@ -231,7 +232,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
         event = wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers))
-        outcome = await runtime.wish(event)
+        outcome = await runtime.wish(replace(event, foreseen=await foretold(runtime, event)))
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)
 
@@ -246,7 +247,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
         deadline = runtime.clock.now() + wait
         while True:
             at = runtime.version
-            record = await runtime.store.change(change)
+            record = await runtime.change(change)
             if record is None:
                 raise Refused("not_found", f"there is no change {change}", "`headgate changes` lists them")
             view = wire.change(record)

@@ -15,7 +15,17 @@ from controller.core.events import (
     WarmUpWished,
 )
 from controller.core.model import State
-from controller.ports import Check, Clock, Counters, EventRecord, NginxConfig, Parameter, Store, TrafficRecord
+from controller.ports import (
+    ChangeRecord,
+    Check,
+    Clock,
+    Counters,
+    EventRecord,
+    NginxConfig,
+    Parameter,
+    Store,
+    TrafficRecord,
+)
 
 
 class Runtime(Protocol):
@@ -76,6 +86,9 @@ class Runtime(Protocol):
     async def emptied(self, upstream: str, keys: tuple[str, ...], revision: int, seconds: float) -> dict[str, int]:
         """Requests in flight at these servers, by key, once nginx serves `revision` and there are none, or after
         `seconds`; PlaneUnreachable, PlaneRefused."""
+
+    async def change(self, number: int) -> ChangeRecord | None:
+        """A change as recorded, with what it did once it has ended; StoreError."""
 
     async def traffic(
         self, upstream: str, since: int, until: int, step: int, server: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query
@@ -13,13 +14,15 @@ from controller.api.face import Runtime
 from controller.core import plan, traffic
 from controller.core.change import group_of
 from controller.core.events import ChangeWished, ConfigRead, ProbeResult
-from controller.core.model import ChangeKind, Group, Readings, Refused, State, StepName, Traffic
+from controller.core.model import ChangeKind, Foreseen, Group, Readings, Refused, State, StepName, Traffic
 from controller.core.step import step
 from controller.errors import ApiError
 from controller.ports import Check, Counters, NginxConfig
 
 REMEMBERED = 5
 """Of so many of the newest operations of an upstream is learned how long their steps took."""
+PATIENCE = 2.0
+"""Seconds that a change waits, before it begins, for what is foreseen of it."""
 _LOOKED_AT = 50  # newest changes, of all upstreams, among which these are looked for
 _LEAST = 1.0  # seconds of traffic below which no rate is told
 _SHOWN = 60  # samples at most
@@ -111,12 +114,22 @@ def add_plan(app: FastAPI, runtime: Runtime) -> None:
         state, now = runtime.state, runtime.clock.now()
         group = group_of(state, upstream)
         wish = _wish(group, kind, tuple(servers), batch, max_unavailable, workers, force)
-        observed, in_flight = observe(group, runtime.counters, now)
-        seconds = {**_usual(runtime.check_for(upstream), group), **observed.seconds}
-        seconds |= await _learned(runtime, upstream)
-        observed = plan.Observed(observed.rate, capacity, seconds)
+        observed, in_flight = await _observed(runtime, group, now)
+        observed = replace(observed, capacity=capacity)
         # A large upstream takes seconds, in which the daemon has other things to do.
         return await asyncio.to_thread(foresee, state, wish, observed, now, in_flight, advise)
+
+
+async def foretold(runtime: Runtime, wish: ChangeWished) -> Foreseen | None:
+    """What is foreseen of a wish, to be held against what then happens; None where it cannot be granted, or where it
+    takes longer than PATIENCE to reckon."""
+    state, now = runtime.state, runtime.clock.now()
+    observed, _ = await _observed(runtime, group_of(state, wish.upstream), now)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await asyncio.to_thread(plan.foretell, state, wish, observed, now)
+    except (Refused, TimeoutError):
+        return None
 
 
 def foresee(
@@ -245,6 +258,14 @@ def observe(group: Group, counters: Counters, now: float) -> tuple[plan.Observed
     requests, answered = sum(each.requests for each in counts), sum(each.answered for each in counts)
     taken = {StepName.EMPTY: sum(each.seconds for each in counts) / answered} if answered else {}
     return plan.Observed(requests / (now - last.at), None, taken), in_flight
+
+
+async def _observed(runtime: Runtime, group: Group, now: float) -> tuple[plan.Observed, int | None]:
+    """All that is known of this upstream, but the capacity of its servers; and the requests in flight."""
+    observed, in_flight = observe(group, runtime.counters, now)
+    name = group.upstream.name
+    seconds = {**_usual(runtime.check_for(name), group), **observed.seconds, **await _learned(runtime, name)}
+    return replace(observed, seconds=seconds), in_flight
 
 
 async def _learned(runtime: Runtime, upstream: str) -> dict[StepName, float]:

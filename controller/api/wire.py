@@ -18,6 +18,7 @@ from pydantic import (
     StrictInt,
 )
 
+from controller.api.planned import ForeseenView, HappenedView
 from controller.core import warmup
 from controller.core.events import ChangeWished
 from controller.core.model import (
@@ -419,10 +420,13 @@ class ChangeSummary(BaseModel):
 
 
 class ChangeView(ChangeSummary):
-    """A change with its steps; `version` counts the steps that started and those that ended."""
+    """A change with its steps; `version` counts the steps that started and those that ended. `plan` is what was
+    foreseen when it was begun, `outcome` what it did; null where there is none, or not yet."""
 
     version: int
     steps: list[StepView]
+    plan: ForeseenView | None
+    outcome: HappenedView | None
 
 
 class Changes(BaseModel):
@@ -541,7 +545,10 @@ def change(record: ChangeRecord) -> ChangeView:
     """A change as recorded, with its steps."""
     steps = [StepView.model_validate(step, from_attributes=True) for step in record.steps]
     version = sum((step.started_at is not None) + (step.ended_at is not None) for step in steps)
-    return ChangeView(**change_summary(record).model_dump(), version=version, steps=steps)
+    plan = ForeseenView.model_validate(record.plan, from_attributes=True) if record.plan else None
+    outcome = HappenedView.model_validate(record.outcome, from_attributes=True) if record.outcome else None
+    summary = change_summary(record).model_dump()
+    return ChangeView(**summary, version=version, steps=steps, plan=plan, outcome=outcome)
 
 
 def change_summary(record: ChangeRecord) -> ChangeSummary:

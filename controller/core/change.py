@@ -91,6 +91,7 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         max_unavailable=wish.max_unavailable,
         workers=wish.workers,
         roll_back=rollback.wanted(wish.kind, wish.upstream, wish.roll_back, group.upstream.policy),
+        foreseen=wish.foreseen,
     )
     effects: list[Effect] = []
     what = f"change {change.id}: {wish.kind} of {', '.join(keys)} in {wish.upstream}"

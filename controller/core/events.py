@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controller.core.model import Admin, Change, ChangeKind, Master, Peer, Steer, StepName, Traffic, Upstream
+from controller.core.model import Admin, Change, ChangeKind, Foreseen, Master, Peer, Steer, StepName, Traffic, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,7 @@ class ChangeWished:
     workers: int = 0
     queue: bool = False
     roll_back: bool | None = None
+    foreseen: Foreseen | None = None
 
 
 @dataclass(frozen=True, slots=True)

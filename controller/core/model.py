@@ -330,12 +330,27 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a plan said of a change before it began: its `duration`, the least part of its upstream's weight
+    (`capacity`) and the least number of servers that serve, of `before`, and the highest multiple of its usual share
+    that a `server` gets, at `rate` requests a second (None: not known)."""
+
+    duration: float
+    capacity: float
+    serving: int
+    before: int
+    load: float
+    server: str
+    rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """An operation as data: what was asked, and every step with its time and outcome.
 
     No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
-    is to reach. `before` is the traffic that its upstream's budget is compared with. With `roll_back` it goes back when
-    it fails; the steps that do so are those from the batch `back` on (0: there are none).
+    is to reach. `before` is the traffic that its upstream's budget is compared with, `foreseen` what was planned. With
+    `roll_back` it goes back when it fails; the steps that do so are those from the batch `back` on (0: there are none).
     """
 
     id: int
@@ -352,6 +367,7 @@ class Change:
     before: Traffic | None = None
     roll_back: bool = False
     back: int = 0
+    foreseen: Foreseen | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from controller.core.model import (
     Change,
     ChangeKind,
     ChangeStatus,
+    Foreseen,
     Group,
     Master,
     Peer,
@@ -70,7 +71,8 @@ class Sample:
     """The upstream `at` seconds after the beginning, until the next sample.
 
     `capacity` is the part of its whole weight that serves, with ramps as far as they are; `load` the highest multiple
-    of its usual share that a `server` gets; `cold` the part of the requests that goes to servers that warm up.
+    of its usual share that a `server` gets; `cold` the part of the requests that goes to servers that warm up;
+    `serving` the number of servers that get any.
     """
 
     at: float
@@ -78,6 +80,7 @@ class Sample:
     load: float
     server: str
     cold: float
+    serving: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,11 @@ class Plan:
     def capacity(self) -> float:
         """The least part of the upstream's weight that serves."""
         return min(each.capacity for each in self.samples)
+
+    @property
+    def serving(self) -> int:
+        """The least number of servers that serve."""
+        return min(each.serving for each in self.samples)
 
     @property
     def cold(self) -> float:
@@ -190,6 +198,13 @@ def advise(state: State, wish: ChangeWished, observed: Observed, now: float) -> 
         else:
             high = middle - 1
     return Advice(best, safe=True)
+
+
+def foretell(state: State, wish: ChangeWished, observed: Observed, now: float) -> Foreseen:
+    """What is kept of the plan of this wish, to be held against what happens; Refused as the wish itself."""
+    made = simulate(state, wish, observed, now)
+    before = len(table.serving(guards.freed(state, wish.upstream).groups[wish.upstream]))
+    return Foreseen(made.duration, made.capacity, made.serving, before, made.load, made.server, observed.rate)
 
 
 def surge(plan: Plan) -> str:
@@ -420,7 +435,8 @@ class _World:
         ramps = [key for key in shares if warmup.ramping(group.peers[key].warm_up)]
         capacity = sum(self._usual[key] * self._warm(group.peers[key]) for key in shares)
         cold = sum(shares[key] for key in ramps)
-        self._samples.append(Sample(self._now - self._began, capacity, loads.get(busiest, 0.0), busiest, cold))
+        most = loads.get(busiest, 0.0)
+        self._samples.append(Sample(self._now - self._began, capacity, most, busiest, cold, len(shares)))
 
     def _warm(self, peer: Peer) -> float:
         return warmup.share(self._policy.warm_up, peer.warm_up, self._now)

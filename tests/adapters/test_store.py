@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from controller.adapters.store.schema import MIGRATIONS
 from controller.adapters.store.sqlite import SqliteStore
 from controller.core.events import Note
 from controller.core.model import (
@@ -25,8 +26,10 @@ from controller.core.model import (
     Change,
     ChangeKind,
     ChangeStatus,
+    Foreseen,
     Health,
     Master,
+    Mate,
     Peer,
     Quarantine,
     Step,
@@ -35,6 +38,7 @@ from controller.core.model import (
     Warmth,
     WarmUp,
 )
+from controller.core.outcome import Happened
 from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError
 
 PEER = Peer(
@@ -150,6 +154,44 @@ async def test_a_record_has_wall_times_that_do_not_move_with_the_clock(store: Sq
         ),
     )
     assert await store.change(4) is None
+
+
+async def test_what_was_planned_of_a_change_and_what_it_did_stand_in_its_record(store: SqliteStore) -> None:
+    foreseen = Foreseen(61.5, 2 / 3, 2, 3, 1.5, "a:2", 120.25)
+    step = Step(StepName.EMPTY, "a:1", state=StepState.RUNNING, mates=(Mate("api", "a:1", True),))
+    planned = replace(CHANGE, foreseen=foreseen, steps=(step,))
+    await store.save(delta(changes={3: planned, 4: replace(CHANGE, id=4)}, peers={("api", "a:1"): Peer(held=3)}))
+    assert (await store.unjudged(), (await store.load()).changes[3]) == ((), planned)
+    ended = replace(planned, status=ChangeStatus.DONE, ended=99.0)
+    await store.save(delta(changes={3: ended, 4: replace(CHANGE, id=4, status=ChangeStatus.DONE, ended=99.0)}))
+    assert await store.unjudged() == (3,)
+    happened = Happened(60.0, 2, None, "", 118.0)
+    await store.save_outcome(3, happened)
+    await store.save(delta(changes={3: ended}))
+    record = await store.change(3)
+    assert record is not None
+    assert (record.plan, record.outcome, await store.unjudged()) == (foreseen, happened, ())
+    plain = await store.change(4)
+    assert plain is not None
+    assert (plain.plan, plain.outcome) == (None, None)
+
+
+async def test_a_store_of_an_older_version_is_taken_over(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(";".join(MIGRATIONS[:2]))
+        document = '{"id":1,"kind":"restart","upstream":"app","steps":[],"created":90.0}'
+        db.execute("INSERT INTO meta VALUES (1, 100.0, 'boot', 7, 2, 1)")
+        db.execute("INSERT INTO change VALUES (1, 'restart', 'app', 'running', 0, 90.0, NULL, '', ?)", (document,))
+        db.execute("PRAGMA user_version = 2")
+        db.commit()
+    store = SqliteStore(f"sqlite:///{path}")
+    saved = await store.load()
+    assert saved.changes == {1: Change(1, ChangeKind.RESTART, "app", (), 90.0)}
+    record = await store.change(1)
+    assert record is not None
+    assert (record.status, record.plan) == ("running", None)
+    await store.close()
 
 
 async def test_changes_are_listed_newest_first_in_pages(store: SqliteStore) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from controller.demo.stage import UPSTREAM, Stage, until
@@ -28,6 +31,18 @@ def test_the_peak_load_of_a_rollout_is_within_a_tenth_of_the_planned_one() -> No
         assert load.finish()["failed"] == 0
 
         assert _peak(seen) == pytest.approx(planned["load"] / len(stage.addresses), rel=0.1)
+        plan, outcome = record["plan"], record["outcome"]
+        assert plan["load"] == pytest.approx(planned["load"], rel=0.01)
+        assert outcome["load"] == pytest.approx(plan["load"], rel=0.1)
+        assert (plan["serving"], plan["before"], outcome["serving"]) == (3, 4, 3)
+        assert outcome["server"] in stage.addresses
+        assert outcome["duration"] == pytest.approx(record["ended_at"] - record["created_at"])
+        assert outcome["rate"] == pytest.approx(120, rel=0.2)
+        command = [sys.executable, "-m", "controller", "--config", str(stage.settings), "changes", str(change)]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "PLANNED" in shown
+        assert f"peak load  {plan['load']:.2f} × at {plan['server']}" in shown
+        assert f"{outcome['load']:.2f} × at {outcome['server']}" in shown
 
 
 def _peak(seen: list[dict[str, int]]) -> float:

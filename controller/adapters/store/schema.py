@@ -44,5 +44,10 @@ MIGRATIONS = (
         PRIMARY KEY (series, at)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE change ADD COLUMN plan TEXT;
+    ALTER TABLE change ADD COLUMN outcome TEXT;
+    CREATE INDEX change_unjudged ON change (id) WHERE plan IS NOT NULL AND outcome IS NULL;
+    """,
 )
 """One script a schema version; `PRAGMA user_version` says how many have been run."""

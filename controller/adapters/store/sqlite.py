@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from controller.adapters.store.schema import MIGRATIONS
-from controller.core.model import Change, Peer
+from controller.core.model import Change, Foreseen, Peer
+from controller.core.outcome import Happened
 from controller.ports import ChangeRecord, Delta, EventRecord, Saved, StepRecord, StoreError, TrafficRecord
 
 READING = 10.0
@@ -31,11 +32,14 @@ _T = TypeVar("_T")
 _PREFIX = "sqlite:///"
 _PEER = TypeAdapter(Peer)
 _CHANGE = TypeAdapter(Change)
+_FORESEEN = TypeAdapter(Foreseen)
+_HAPPENED = TypeAdapter(Happened)
 
 
 # A wall time, once recorded, stays: worked out again after the clock was set it would move.
 _SAVE_CHANGE = """
-    INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO change (id, kind, upstream, status, forced, created_at, ended_at, error, document, plan)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET status = excluded.status, forced = excluded.forced, error = excluded.error,
         ended_at = COALESCE(ended_at, excluded.ended_at), document = excluded.document
 """
@@ -73,7 +77,7 @@ _EVENTS_BETWEEN = """
         SELECT * FROM event WHERE upstream = ? AND at >= ? AND at < ? AND kind <> 'step' ORDER BY at DESC LIMIT ?
     ) ORDER BY id
 """
-_CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error"
+_CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome"
 
 
 class SqliteStore:
@@ -116,6 +120,16 @@ class SqliteStore:
     async def change(self, change: int) -> ChangeRecord | None:
         """One change with its steps in order."""
         return await self._run(lambda db: self._one(db, change))
+
+    async def unjudged(self) -> tuple[int, ...]:
+        """The oldest changes that have ended and of which is planned, and not yet recorded, what they did."""
+        sql = "SELECT id FROM change WHERE plan IS NOT NULL AND outcome IS NULL AND document IS NULL LIMIT 10"
+        return await self._run(lambda db: tuple(row[0] for row in db.execute(sql)))
+
+    async def save_outcome(self, change: int, happened: Happened) -> None:
+        """Record what a change did."""
+        values = (_encode(happened), change)
+        await self._run(lambda db: db.execute("UPDATE change SET outcome = ? WHERE id = ?", values))
 
     async def last_change(self, upstream: str, server: str) -> ChangeRecord | None:
         """The newest change in which this server has steps, with its steps."""
@@ -345,6 +359,7 @@ class SqliteStore:
             (
                 *(change.id, change.kind, change.upstream, change.status, change.forced),
                 *(wall(change.created), wall(change.ended), change.error, document),
+                change.foreseen and _encode(change.foreseen),
             ),
         )
         db.executemany(
@@ -419,10 +434,13 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _encode(value: Peer | Change) -> str:
+def _encode(value: Peer | Change | Foreseen | Happened) -> str:
     return to_json(value, inf_nan_mode="constants").decode()
 
 
 def _change_record(row: tuple[Any, ...], steps: tuple[StepRecord, ...] = ()) -> ChangeRecord:
-    number, kind, upstream, status, forced, created_at, ended_at, error = row
-    return ChangeRecord(number, kind, upstream, status, bool(forced), created_at, ended_at, error, steps)
+    number, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome = row
+    foreseen = plan and _FORESEEN.validate_json(plan)
+    happened = outcome and _HAPPENED.validate_json(outcome)
+    summary = (number, kind, upstream, status, bool(forced), created_at, ended_at, error)
+    return ChangeRecord(*summary, steps, foreseen or None, happened or None)
