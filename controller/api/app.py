@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import re
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -232,7 +231,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
         event = wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers))
-        outcome = await runtime.wish(replace(event, foreseen=await foretold(runtime, event)))
+        outcome = await runtime.wish(await foretold(runtime, event))
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)
 

@@ -14,7 +14,7 @@ from controller.api.face import Runtime
 from controller.core import plan, traffic
 from controller.core.change import group_of
 from controller.core.events import ChangeWished, ConfigRead, ProbeResult
-from controller.core.model import ChangeKind, Foreseen, Group, Readings, Refused, State, StepName, Traffic
+from controller.core.model import ChangeKind, Group, Readings, Refused, State, StepName, Traffic
 from controller.core.step import step
 from controller.errors import ApiError
 from controller.ports import Check, Counters, NginxConfig
@@ -115,21 +115,22 @@ def add_plan(app: FastAPI, runtime: Runtime) -> None:
         group = group_of(state, upstream)
         wish = _wish(group, kind, tuple(servers), batch, max_unavailable, workers, force)
         observed, in_flight = await _observed(runtime, group, now)
-        observed = replace(observed, capacity=capacity)
+        observed = replace(observed, capacity=capacity or _capacity(group))
         # A large upstream takes seconds, in which the daemon has other things to do.
         return await asyncio.to_thread(foresee, state, wish, observed, now, in_flight, advise)
 
 
-async def foretold(runtime: Runtime, wish: ChangeWished) -> Foreseen | None:
-    """What is foreseen of a wish, to be held against what then happens; None where it cannot be granted, or where it
-    takes longer than PATIENCE to reckon."""
+async def foretold(runtime: Runtime, wish: ChangeWished) -> ChangeWished:
+    """The wish with the requests a second that come now, and with what is foreseen of it, to be held against what then
+    happens; without that where it cannot be granted, or where it takes longer than PATIENCE to reckon."""
     state, now = runtime.state, runtime.clock.now()
     observed, _ = await _observed(runtime, group_of(state, wish.upstream), now)
+    wish = replace(wish, rate=observed.rate)
     try:
         async with asyncio.timeout(PATIENCE):
-            return await asyncio.to_thread(plan.foretell, state, wish, observed, now)
+            return replace(wish, foreseen=await asyncio.to_thread(plan.foretell, state, wish, observed, now))
     except (Refused, TimeoutError):
-        return None
+        return wish
 
 
 def foresee(
@@ -195,7 +196,7 @@ def planned_from(
             for _ in range(group.upstream.policy.health.rise):
                 state, _ = step(state, ProbeResult(upstream, server.key, True, "ok"), 0.0)
         wish = _wish(group, ChangeKind(kind), servers, batch, max_unavailable, workers)
-        observed = plan.Observed(None, capacity, _usual(check, group))
+        observed = plan.Observed(None, capacity or _capacity(group), _usual(check, group))
         return foresee(state, wish, observed, 0.0).model_dump(mode="json")
     except Refused as refusal:
         status = {"not_found": 404, "invalid": 422}.get(refusal.code, 409)
@@ -230,6 +231,11 @@ def _wish(
     return wanted.event(len(group.upstream.servers))
 
 
+def _capacity(group: Group) -> float | None:
+    """Requests a second that a server of weight 1 can take, as configured."""
+    return group.upstream.policy.rollout.capacity or None
+
+
 def _number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
@@ -241,8 +247,11 @@ def _usual(check: Check, group: Group) -> dict[StepName, float]:
 
 
 def observe(group: Group, counters: Counters, now: float) -> tuple[plan.Observed, int | None]:
-    """The traffic of the last seconds: its rate, how long a drain takes by its mean response time, and how many
-    requests are in flight."""
+    """The traffic of the last seconds: its rate, how long a drain takes, and how many requests are in flight.
+
+    A drain lasts as long as requests stay: by their mean response time, which ends when an answer begins, or, where
+    that is longer, by Little's law (in flight = rate x time), which counts streams and bodies, too.
+    """
     seen = counters.upstreams.get(group.upstream.name)
     if seen is None:
         return plan.Observed(), None
@@ -256,8 +265,9 @@ def observe(group: Group, counters: Counters, now: float) -> tuple[plan.Observed
     }
     counts = traffic.between(last, Readings(now, counters.boot, newest)).values()
     requests, answered = sum(each.requests for each in counts), sum(each.answered for each in counts)
-    taken = {StepName.EMPTY: sum(each.seconds for each in counts) / answered} if answered else {}
-    return plan.Observed(requests / (now - last.at), None, taken), in_flight
+    rate = requests / (now - last.at)
+    stays = max(sum(each.seconds for each in counts) / answered if answered else 0.0, in_flight / rate if rate else 0.0)
+    return plan.Observed(rate, None, {StepName.EMPTY: stays} if stays else {}), in_flight
 
 
 async def _observed(runtime: Runtime, group: Group, now: float) -> tuple[plan.Observed, int | None]:

@@ -92,6 +92,7 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         workers=wish.workers,
         roll_back=rollback.wanted(wish.kind, wish.upstream, wish.roll_back, group.upstream.policy),
         foreseen=wish.foreseen,
+        rate=wish.rate,
     )
     effects: list[Effect] = []
     what = f"change {change.id}: {wish.kind} of {', '.join(keys)} in {wish.upstream}"

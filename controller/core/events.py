@@ -167,6 +167,7 @@ class ChangeWished:
     queue: bool = False
     roll_back: bool | None = None
     foreseen: Foreseen | None = None
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,14 @@ TOLERANCE = 1e-6
 
 def usual(group: Group) -> dict[str, float]:
     """The part of the requests that each server gets when all primaries serve; of a backup, a primary of its weight."""
-    primaries: list[Server] = [s for s in group.upstream.servers if not s.backup and not s.down]
-    total = sum(s.weight for s in primaries or group.upstream.servers)
+    total = weight(group)
     return {s.key: s.weight / total for s in group.upstream.servers}
+
+
+def weight(group: Group) -> int:
+    """The weight of all primaries that are to serve."""
+    primaries: list[Server] = [s for s in group.upstream.servers if not s.backup and not s.down]
+    return sum(s.weight for s in primaries or group.upstream.servers)
 
 
 def batches(change: Change) -> list[tuple[str, ...]]:
@@ -39,7 +44,7 @@ def refuse(state: State, change: Change) -> None:
             refuse_emptying(group, keys)
             # Whoever restarts a single server wants that one, as with a stop.
             if change.kind in _IN_BATCHES or (change.kind is ChangeKind.RESTART and len(batch) > 1):
-                refuse_overload(group, keys)
+                refuse_overload(group, keys, change.rate if group.upstream.name == change.upstream else None)
 
 
 def concerned(state: State, change: Change, keys: Sequence[str]) -> list[tuple[Group, tuple[str, ...]]]:
@@ -71,22 +76,31 @@ def refuse_emptying(group: Group, keys: Sequence[str], otherwise: str = "insist 
         )
 
 
-def refuse_overload(group: Group, keys: Sequence[str]) -> None:
-    """Refused when without these servers another one gets more than `rollout.max_load` times its usual share.
+def refuse_overload(group: Group, keys: Sequence[str], rate: float | None = None) -> None:
+    """Refused when without these servers another one gets more than `rollout.max_load` times its usual share, or more
+    than it can take at `rate` requests a second.
 
     Reckoned, not simulated, so that it costs nothing: while they are away, those that serve share their load by their
     weights. A simulation finds the same.
     """
-    name, limit, shares = group.upstream.name, group.upstream.policy.rollout.max_load, usual(group)
+    name, policy, shares = group.upstream.name, group.upstream.policy.rollout, usual(group)
     rest = set(table.serving(group, without=keys))
     primaries = {s.key for s in group.upstream.servers if not s.backup}
-    carries = sum(shares[key] for key in (rest & primaries) or rest)
-    if limit and carries and 1 / carries > limit + TOLERANCE:
+    there = (rest & primaries) or rest
+    carries, left = sum(shares[key] for key in there), sum(s.weight for s in group.upstream.servers if s.key in there)
+    if not left:
+        return
+    without, said = f"without {', '.join(keys)} each other server of {name}", ""
+    if policy.max_load and 1 / carries > policy.max_load + TOLERANCE:
+        setting, said = "max_load", f"gets {1 / carries:.2f} times its usual share, and max_load is {policy.max_load:g}"
+    elif policy.capacity and rate and rate / left > policy.capacity + TOLERANCE:
+        asked = f"is asked for {rate / left:.0f} requests/s by weight 1"
+        setting, said = "capacity", f"{asked}, and capacity is {policy.capacity:g}"
+    if said:
         raise Refused(
             "guard",
-            f"without {', '.join(keys)} each other server of {name} gets {1 / carries:.2f} times its usual share, and "
-            f"max_load is {limit:g}",
-            f"take a smaller batch (`headgate plan rollout {name}` recommends one), raise max_load in "
+            f"{without} {said}",
+            f"take a smaller batch (`headgate plan rollout {name}` recommends one), raise {setting} in "
             f"[upstream.{name}.rollout], or insist with --force",
         )
 

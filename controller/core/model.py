@@ -349,8 +349,9 @@ class Change:
     """An operation as data: what was asked, and every step with its time and outcome.
 
     No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
-    is to reach. `before` is the traffic that its upstream's budget is compared with, `foreseen` what was planned. With
-    `roll_back` it goes back when it fails; the steps that do so are those from the batch `back` on (0: there are none).
+    is to reach. `before` is the traffic that its upstream's budget is compared with, `foreseen` what was planned,
+    `rate` the requests a second that came when it was wished (None: not known). With `roll_back` it goes back when it
+    fails; the steps that do so are those from the batch `back` on (0: there are none).
     """
 
     id: int
@@ -368,6 +369,7 @@ class Change:
     roll_back: bool = False
     back: int = 0
     foreseen: Foreseen | None = None
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,7 @@ class Plan:
     for all of them, `count`.
     `loads` are the highest multiples of its usual share that each server gets: of what it gets when all servers of
     nginx.conf that are not `down` serve and are warm. A backup has none; it is measured by a primary of its weight.
+    `weight` is theirs in all.
     """
 
     kind: ChangeKind
@@ -113,7 +114,7 @@ class Plan:
     batches: tuple[Batch, ...]
     samples: tuple[Sample, ...]
     loads: Mapping[str, float]
-    shares: Mapping[str, float]
+    weight: int
     error: str = ""
 
     @property
@@ -270,7 +271,7 @@ def _open(state: State, wish: ChangeWished) -> State:
         state = guards.freed(state, wish.upstream)
     group = change.group_of(state, wish.upstream)
     policy = group.upstream.policy
-    unlimited = replace(policy, rollout=replace(policy.rollout, max_load=0.0))
+    unlimited = replace(policy, rollout=replace(policy.rollout, max_load=0.0, capacity=0.0))
     group = replace(group, upstream=replace(group.upstream, policy=unlimited))
     return replace(state, groups={**state.groups, wish.upstream: group})
 
@@ -287,7 +288,7 @@ def _used(plan: Plan, observed: Observed) -> float:
     """The highest part of what it can take that a server is asked for."""
     if not observed.rate or not observed.capacity:
         return 0.0
-    return max((observed.rate * share / observed.capacity for share in plan.shares.values()), default=0.0)
+    return observed.rate * plan.load / plan.weight / observed.capacity
 
 
 def _fits(plan: Plan, limit: float, observed: Observed) -> bool:
@@ -454,7 +455,7 @@ class _World:
             batches=batches,
             samples=tuple(self._samples),
             loads=self._loads,
-            shares={key: load * self._usual[key] for key, load in self._loads.items()},
+            weight=guards.weight(self._group),
             error=error,
         )
 

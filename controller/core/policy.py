@@ -199,7 +199,7 @@ class ProcessPolicy:
 class RolloutPolicy:
     """`ready_time`: how long a server must stay up and warm before the next batch; `up_timeout`: how long it may take
     from its start until the probes call it up; `max_load`: above how many times its usual share no server may get
-    (0: no limit).
+    (0: no limit); `capacity`: the requests a second that a server of weight 1 can take (0: not known).
 
     The budget of the whole upstream is judged every `window` seconds, by `min_requests` ended tries or more: a change
     stops when more than the share `max_errors` of them failed, or their mean response time is more than `max_latency`
@@ -213,6 +213,7 @@ class RolloutPolicy:
     ready_time: float = 0.0
     up_timeout: float = 60.0
     max_load: float = 2.0
+    capacity: float = 0.0
     max_errors: float = 0.2
     max_latency: float = 0.0
     min_requests: int = 100

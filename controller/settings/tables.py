@@ -297,6 +297,7 @@ class RolloutTable(Table):
     ready_time: Duration = 0.0
     up_timeout: PositiveDuration = 60.0
     max_load: Annotated[float, Field(ge=0, le=1000, strict=False)] = 2.0
+    capacity: Annotated[float, Field(ge=0, le=1e9, strict=False)] = 0.0
     max_errors: Share = 0.2
     max_latency: Annotated[float, Field(ge=0, le=1000, strict=False)] = 0.0
     min_requests: Annotated[int, Field(ge=1)] = 100

@@ -202,6 +202,18 @@ def test_the_surge_is_told_in_words() -> None:
     assert plan.surge(made).startswith(f"the surge: {made.server} gets up to 1.50 times its usual share; for ")
 
 
+def test_what_a_server_can_take_goes_by_its_weight_and_refuses_what_would_ask_for_more() -> None:
+    policy = replace(POLICY, rollout=RolloutPolicy(max_load=0.0, capacity=100.0))
+    lines = (server(8001, weight=2), server(8002), server(8003))
+    world = up(Upstream("app", lines, policy=policy))
+    assert not plan.advise(world.state, rollout(), replace(QUIET, rate=210.0, capacity=100.0), world.now).safe
+    assert plan.advise(world.state, rollout(), replace(QUIET, rate=190.0, capacity=100.0), world.now).safe
+    with pytest.raises(Refused, match=f"without {A} .* is asked for 105 requests/s by weight 1, and capacity is 100"):
+        world.take(replace(rollout(), rate=210.0))
+    for granted in (replace(rollout(), rate=190.0), rollout(), replace(rollout(forced=True), rate=900.0)):
+        assert up(Upstream("app", lines, policy=policy)).take(granted).change == 1
+
+
 BATCHED = [ChangeKind.ROLLOUT, ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind.DEPLOY, ChangeKind.ROLL_BACK]
 
 
