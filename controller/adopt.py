@@ -18,9 +18,10 @@ from controller.adapters.nginx import check, verify
 from controller.adapters.nginx.files import DiskReader
 from controller.adapters.nginx.lua import LuaPlane, render_include
 from controller.adapters.nginx.memory import Memory
-from controller.adapters.nginx.writer import CheckFailed, ConfWriter, Edit, OwnFile
+from controller.adapters.nginx.writer import Changed, CheckFailed, ConfWriter, Edit, OwnFile, WriteFailed
 from controller.adapters.pidfd import is_alive, send
 from controller.adapters.procfs import read as read_process
+from controller.adapters.whole import put
 from controller.conf import obstacles, tree
 from controller.conf.diff import FileEdit, diff
 from controller.conf.draft import EditRefused, Reason
@@ -161,7 +162,7 @@ def _adoption_by_reload(house: _House, wanted: Sequence[str]) -> Plan:
     notes = _after_a_reboot(house.settings)
     if not named:
         notes.append("headgate.toml names no upstream yet: write [upstream.NAME] for each that Headgate shall manage")
-    return Plan(house.in_order(wishes, own, adding=True), "reload", tuple(adopted), notes=tuple(notes))
+    return Plan(house.in_order(wishes, own, adding=False), "reload", tuple(adopted), notes=tuple(notes))
 
 
 def servers(settings: Settings, wishes: Sequence[Wish]) -> Plan:
@@ -258,7 +259,8 @@ class _House:
         version, state = self.settings.nginx.version_file, self.settings.nginx_state
         wishes: list[Wish] = [RemoveInclude(version)] if self.includes(version) else []
         ledger = Memory.load(state, SystemClock()).ledger
-        for name in self.upstreams:
+        written = {name for name, *_ in ledger.entries}
+        for name in (each for each in self.upstreams if each in written):
             wishes += restoring(ledger, written_lines(self.index, name)[1])
         return wishes, [self.own(version, None), self.own(str(state), None)]
 
@@ -273,8 +275,9 @@ class _House:
 
     def in_order(self, wishes: Sequence[Wish], own: Sequence[OwnFile], *, adding: bool) -> tuple[Edit, ...]:
         """All writes, so that after each of them nginx could be started: the include before the hooks that need it."""
-        http = [path for path, _ in self.index.blocks(_HTTP)]
-        edits: list[Edit] = sorted(plan(self.index, wishes), key=lambda each: (each.path not in http) is adding)
+        ours = self.index.includes(_HTTP, self.settings.nginx.include.encode())
+        heads = {path for path, _ in (*self.index.blocks(_HTTP), *ours)}
+        edits: list[Edit] = sorted(plan(self.index, wishes), key=lambda each: (each.path not in heads) is adding)
         appearing = [each for each in own if each.after is not None and each.before != each.after]
         vanishing = [each for each in own if each.after is None and each.before is not None]
         return (*appearing, *edits, *vanishing)
@@ -337,33 +340,60 @@ async def recover(settings: Settings) -> tuple[str, ...]:
     return await writer(settings).recover()
 
 
+def owed(settings: Settings) -> bool:
+    """Whether an adoption or a release was killed, so that nginx may not have loaded what it had written."""
+    return _owed(settings).exists()
+
+
+def _owed(settings: Settings) -> Path:
+    return settings.journal / "reload-owed"
+
+
 async def carry_out(settings: Settings, wanted: Plan, say: Callable[[str], None], *, reload: bool = True) -> None:
     """Write the files, have nginx test them, and reload it once if it runs; `say` gets a sentence about each.
 
+    Until the reload is proved it is owed: whoever comes after a process that was killed here makes good for it.
     Changed: somebody edited meanwhile, plan again. CheckFailed, WriteFailed, ReloadFailed: all is as it was.
     """
     await asyncio.to_thread(_prepare, settings, wanted)
     nginx = await asyncio.to_thread(check.find, settings.nginx.conf)
-    files = writer(settings)
+    files, debt, owes = writer(settings), _owed(settings), owed(settings)
+    if reload:
+        await asyncio.to_thread(_note, debt)
     try:
         await files.apply(wanted.writes)
-    except CheckFailed as error:
-        raise await _explained(nginx, error) from error
-    say(f"written, and taken by `nginx -t`: {', '.join(write.path for write in wanted.writes)}")
+    except (Changed, CheckFailed, WriteFailed) as error:
+        if not owes:
+            debt.unlink(missing_ok=True)
+        raise await _explained(nginx, error) if isinstance(error, CheckFailed) else error from error
+    if wanted.writes:
+        say(f"written, and taken by `nginx -t`: {', '.join(write.path for write in wanted.writes)}")
     if not reload:
         return
     if nginx.master is None:
         say("nginx does not run; it will start with this")
+        debt.unlink(missing_ok=True)
         return
     try:
         say(await _turn_over(nginx.master, _ASK[wanted.plane](settings)))
+        debt.unlink(missing_ok=True)
     except verify.ReloadFailed as error:
         await files.apply([OwnFile(each.path, each.after, each.before) for each in reversed(wanted.writes)])
         outcome = "every file is as it was before"
         if error.taken:
             await _turn_over(nginx.master, _nobody)
             outcome += ", and nginx was reloaded with them"
+        if wanted.writes:
+            debt.unlink(missing_ok=True)
         raise verify.ReloadFailed(f"{error.message}; {outcome}", error.remedy, error.taken) from error
+
+
+def _note(debt: Path) -> None:
+    try:
+        debt.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        put(debt, b"nginx is to be reloaded\n")
+    except OSError as error:
+        raise ConfigError(f"{debt} cannot be written: {error.strerror}", "make room, or use sudo") from error
 
 
 def _prepare(settings: Settings, wanted: Plan) -> None:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage or settings, 3 daemon not reachable, 4 ref
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -60,6 +61,9 @@ _AsJson = Annotated[bool, typer.Option("--json", help="The API's answer as it is
 
 def main() -> None:
     """Run the command and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names and paths in nginx.conf need not be UTF-8
     try:
         app()
     except HeadgateError as error:

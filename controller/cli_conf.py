@@ -114,11 +114,14 @@ def _change(
         wanted = _planned(plan)
         if shown := wanted.shown():
             print(shown)
-        if diff or not (wanted.writes or wanted.meant):
+        owed = reload and adoption.owed(settings)
+        if owed:
+            print("nginx may not have loaded what an earlier command wrote: it was interrupted")
+        if diff or not (wanted.writes or wanted.meant or owed):
             break
         if not yes and not typer.confirm(question):
             raise HeadgateError("nothing was changed")
-        if not wanted.writes:
+        if not wanted.writes and not owed:
             break
         try:
             asyncio.run(adoption.carry_out(settings, wanted, print, reload=reload))

@@ -219,6 +219,55 @@ def test_a_location_whose_target_is_a_variable_may_lead_to_any_upstream(site: Si
     assert f"{path}:1: this log_by_lua_block replaces" in obstacle(site)
 
 
+def test_an_upstream_is_the_same_one_in_other_letters(site: Site) -> None:
+    text = "server { listen 127.0.0.1:1; location / { log_by_lua_block { mine() } proxy_pass http://APP; } }"
+    path = write(site, "conf.d/50-server.conf", text)
+    (reason,) = (each for each in adopt.adoption(settings(site)).left if path in each)
+    assert 'for upstream "app"' in reason
+
+
+def test_names_that_are_no_utf_8_are_left_to_nginx_and_no_obstacle_to_others(site: Site) -> None:
+    path = site.conf.parent / "conf.d" / "60-latin.conf"
+    path.write_bytes(b"upstream caf\xe9 { server 127.0.0.1:1; }\nupstream l { server unix:/tmp/caf\xe9.sock; }\n")
+    site.before = site.files()
+    for plane in ("lua", "reload"):
+        site.settings.write_text(site.settings.read_text().replace('"lua"', f'"{plane}"'))
+        done = site.headgate("adopt", "--yes")
+        assert done.returncode == 0, done.stdout + done.stderr
+        if plane == "lua":
+            assert f'{path}:1: upstream "caf\\udce9" has a name that is no UTF-8' in done.stdout
+            assert f'{path}:2: upstream "l" has a server with a name that is no UTF-8' in done.stdout
+        done = site.headgate("release", "--yes")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert site.changed() == set()
+
+
+@pytest.mark.parametrize("plane", ["lua", "reload"])
+def test_a_reload_that_a_killed_command_owes_is_made_good(plane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Site(plane=plane) as site:
+        site.start()
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        for verb, planned in (("adopt", adopt.adoption), ("release", adopt.release)):
+            before = site.accepting()
+            wanted = planned(settings(site))
+            with monkeypatch.context() as patch:
+                patch.setattr(adopt, "_turn_over", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    carry_out(site, wanted)
+            assert site.accepting() == before
+            assert "may not have loaded" in site.headgate(verb, "--diff").stdout
+            done = site.headgate(verb, "--yes")
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "nginx was reloaded" in done.stdout
+            assert not site.accepting() & before
+            done = site.headgate(verb, "--yes")
+            assert "nginx was reloaded" not in done.stdout, "once"
+        assert site.changed() == set()
+
+
 def test_without_code_cache_nothing_can_be_adopted(site: Site) -> None:
     path = write(site, "conf.d/50-server.conf", "server { listen 127.0.0.1:1;\nlua_code_cache off; }")
     assert f"{path}:2: lua_code_cache off forgets what Headgate knows; take it out" in obstacle(site)
@@ -337,8 +386,19 @@ def test_an_include_that_lua_needs_stands_before_the_hooks_and_goes_after_them(s
 
 
 def test_after_every_single_write_of_an_adoption_nginx_could_start(site: Site) -> None:
-    for planned in (adopt.adoption, adopt.release):
-        for each in planned(settings(site)).writes:
+    lua, plain = site.settings.read_text(), site.settings.read_text().replace('"lua"', '"reload"')
+    for text, planned in (
+        (lua, adopt.adoption),
+        (plain, adopt.adoption),
+        (lua, adopt.adoption),
+        (lua, adopt.release),
+        (plain, adopt.adoption),
+        (plain, adopt.release),
+    ):
+        site.settings.write_text(text)
+        wanted = planned(settings(site)).writes
+        assert wanted
+        for each in wanted:
             path = Path(each.path).resolve()
             path.parent.mkdir(exist_ok=True)
             if each.after is None:

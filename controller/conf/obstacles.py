@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from controller.conf.parse import METHODS, is_balanced_in_lua
+from controller.conf.parse import METHODS, is_balanced_in_lua, shown
 from controller.conf.tree import Node, calls
 
 _LOG = ("log_by_lua", "log_by_lua_block", "log_by_lua_file")
@@ -131,6 +131,9 @@ def _hides(http: Node, include: str, found: Found) -> None:
 
 def _of_upstream(upstream: Node) -> Iterator[str]:
     name = " ".join(upstream.args)
+    if shown(name) != name:
+        what = f'{upstream.place}: upstream "{name}"'
+        yield f"{what} has a name that is no UTF-8, which Headgate cannot manage; rename it"
     for node in upstream.block or ():
         what = f'{node.place}: upstream "{name}"'
         if node.name in METHODS and not is_balanced_in_lua(node.name, node.args):
@@ -144,6 +147,8 @@ def _of_upstream(upstream: Node) -> Iterator[str]:
             yield f"{what} has its servers in a state file; write server lines"
         elif node.name == "server" and any("$" in word for word in node.args[:1]):
             yield f"{what} has a server with a variable, which Headgate cannot follow; write the address"
+        elif node.name == "server" and any(shown(word) != word for word in node.args[:1]):
+            yield f"{what} has a server with a name that is no UTF-8, which Headgate cannot manage; rename that socket"
         elif node.name == "server" and any(word.startswith("service=") for word in node.args):
             yield f"{what} finds servers by SRV records (service=), which Headgate does not follow; write addresses"
         elif node.name == "server" and any(re.match("unix:[^/]", word) for word in node.args[:1]):
@@ -152,6 +157,7 @@ def _of_upstream(upstream: Node) -> Iterator[str]:
 
 def _logs(http: Node, code: str, found: Found) -> None:
     """A log_by_lua further in replaces ours: requests that end there would be counted as in flight for ever."""
+    names = {name.lower(): name for each in http.own("upstream") if (name := " ".join(each.args))}
     passes = [(node, node.inherited(*_LOG)) for node in http.find(*_PASSES)]
     for log in http.find(*_LOG):
         if log.outer is http or calls(log.lua or "", "log"):
@@ -163,11 +169,11 @@ def _logs(http: Node, code: str, found: Found) -> None:
             found.notes.append(f"{log.place}: {around}; if requests are redirected to here, {remedy}")
         elif any("$" in target for target in targets):
             found.general.append(f"{log.place}: {around}; {remedy}")
-        for target in targets:
+        for target in (names.get(each, each) for each in targets):
             found.upstreams.setdefault(target, f'{log.place}: {around}, for upstream "{target}"; {remedy}')
 
 
 def _target(node: Node) -> str:
-    """The upstream that a `…_pass` names, or whatever else stands in its place."""
+    """The upstream that a `…_pass` names, in small letters as nginx compares them, or whatever stands in its place."""
     match = re.fullmatch(r"(?:\w+://)?([^/]*).*", " ".join(node.args), re.DOTALL)
-    return match[1] if match else ""
+    return match[1].lower() if match else ""

@@ -44,8 +44,13 @@ class ConfSyntaxError(Exception):
     """The configuration cannot be read; the message is a sentence as `nginx -t` writes it, file and line included."""
 
     def __init__(self, message: str, place: Place | None) -> None:
-        super().__init__(f"{message} in {place}" if place else message)
+        super().__init__(shown(f"{message} in {place}" if place else message))
         self.place = place
+
+
+def shown(text: str) -> str:
+    """The text for people, with escapes for bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Reader(Protocol):
@@ -57,6 +62,9 @@ class Reader(Protocol):
     def glob(self, pattern: str) -> Sequence[str]:
         """The paths that match, in nginx's order (sorted by bytes)."""
 
+
+_UNITS = "yMwdhms "  # in this order, each once
+_SECONDS = {"y": 31536000, "M": 2592000, "w": 604800, "d": 86400, "h": 3600, "m": 60}
 
 # Lua's short strings, to be kept, and its comments: a `--` within a string begins none.
 _STRING_OR_COMMENT = re.compile(
@@ -228,7 +236,7 @@ class _Parser:
         hook = next((each for each in block if each.name.startswith("balancer_by_lua")), None)
         called, obstacle = self._hook(hook) if hook else (None, "")
         if called == name:
-            obstacle = next(_obstacles(name, block, servers), "")
+            obstacle = shown(next(_obstacles(name, block, servers), ""))
         elif hook and called is not None:
             obstacle = f'{hook.place}: the hook of upstream "{name}" names "{called}"; write balance("{name}")'
         named = (method.name, tuple(method.args)) if method else ("round_robin", ())
@@ -240,7 +248,7 @@ class _Parser:
         if hook.name == "balancer_by_lua_file":
             if not posixpath.isabs(code) or "$" in code:
                 return None, f"{hook.place}: a hook's file is only read under an absolute path; write a hook block"
-            code = self._read(code, hook.place).decode("utf-8", "replace")
+            code = self._read(code, hook.place).decode("utf-8", "surrogateescape")
         code = _STRING_OR_COMMENT.sub(lambda found: found["string"] or "", code)
         if not re.search(r"""require\s*\(?\s*(["'])headgate\1""", code):
             return None, ""
@@ -272,6 +280,7 @@ def _obstacles(name: str, block: Iterable[RawDirective], servers: Iterable[Serve
             yield f'{each.place}: upstream "{name}" has a zone, in which a Lua balancer cannot work; take out the zone'
         elif each.name == "state":
             yield f'{each.place}: upstream "{name}" has its servers in a state file; write server lines'
+    yield from unspeakable(name, servers)
     for line in servers:
         if "$" in line.address:
             yield f"{line.place}: {line.address} holds a variable, which no server line can; write the address"
@@ -279,6 +288,15 @@ def _obstacles(name: str, block: Iterable[RawDirective], servers: Iterable[Serve
             yield f"{line.place}: {line.address} is found by SRV records (service=), which Headgate does not follow"
         elif line.unix and not line.unix.startswith("/"):
             yield f'{line.place}: {line.address} is no absolute path; write it from "/" on'
+
+
+def unspeakable(name: str, servers: Iterable[ServerLine]) -> Iterator[str]:
+    """Why an upstream's name and addresses cannot be said to anybody: they are no UTF-8."""
+    if shown(name) != name:
+        yield f'upstream "{name}" has a name that is no UTF-8, which Headgate cannot manage; give it another one'
+    for line in servers:
+        if shown(line.address) != line.address:
+            yield f"{line.place}: {line.address} is no UTF-8, and Headgate cannot manage it; rename that socket"
 
 
 def _server(directive: RawDirective) -> ServerLine:
@@ -328,21 +346,25 @@ def split_address(address: str, place: Place) -> tuple[str, int, str]:
 
 
 def duration_seconds(text: str) -> float | None:
-    """nginx's time in seconds, greater units first: `10`, `10s`, `1m30s`; None where it is none."""
-    units = {"y": 31536000, "M": 2592000, "w": 604800, "d": 86400, "h": 3600, "m": 60}
-    pattern = "".join(f"(?:([0-9]{{1,10}}){unit} ?)?" for unit in units) + "(?:([0-9]{1,10})s?)?"
-    match = re.fullmatch(pattern, text)
-    if not match or not text:
-        return None
-    return float(
-        sum(int(number or 0) * size for number, size in zip(match.groups(), [*units.values(), 1], strict=True))
-    )
+    """nginx's time in seconds, greater units first: `10`, `10s`, `1m30s`; None where it is none.
+
+    As ngx_parse_time reads it, with what it lets pass (`1s5`, `1m  30s`).
+    """
+    total, step = 0, -1
+    for number, unit in re.findall(r"([0-9]*)(ms|[^0-9]?) *", text):
+        if unit:
+            at = _UNITS.find(unit)
+            if at <= step or unit == "ms" or (unit == " " and step >= _UNITS.find("s")):
+                return None
+            step = at
+        total += int(number or 0) * _SECONDS.get(unit, 1)
+    return float(total) if re.search("[0-9]", text) and total < 2**63 else None
 
 
 def raw_directives(path: str, content: bytes) -> list[RawDirective]:
     """One file as a tree, without what can neither be nor bring a part of an upstream: most of a large tree."""
     # nginx takes `…_by_lua_block{` too, crossplane needs the blank to see a Lua block.
-    text = re.sub(r"(_by_lua_block)\{", r"\1 {", content.decode("utf-8", "replace"))
+    text = re.sub(r"(_by_lua_block)\{", r"\1 {", content.decode("utf-8", "surrogateescape"))
     last = Place(path, text.count("\n") + 1)
     root: list[RawDirective] = []
     outer: list[list[RawDirective]] = []

@@ -169,10 +169,17 @@ class Facts:
     def proxies(self) -> Iterator[tuple[UpstreamBlock, Node]]:
         """Every `proxy_pass` and its like that leads to an upstream by name."""
         blocks = {block.name.lower(): block for block in self.upstreams}
-        for node in self.conf.find(*(f"{kind}_pass" for kind in ("proxy", "grpc", "fastcgi", "uwsgi", "scgi"))):
-            target = node.args[0].rpartition("://")[2].partition("/")[0].lower() if node.args else ""
+        for target, node in self._passes():
             if target in blocks:
                 yield blocks[target], node
+
+    def variable_proxies(self) -> Iterator[Node]:
+        """Every `proxy_pass` and its like that leads where a variable says, which may be any upstream."""
+        return (node for target, node in self._passes() if "$" in target)
+
+    def _passes(self) -> Iterator[tuple[str, Node]]:
+        for node in self.conf.find(*(f"{kind}_pass" for kind in ("proxy", "grpc", "fastcgi", "uwsgi", "scgi"))):
+            yield node.args[0].rpartition("://")[2].partition("/")[0].lower() if node.args else "", node
 
 
 def is_address(host: str) -> bool:

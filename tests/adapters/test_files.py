@@ -323,3 +323,13 @@ def test_a_stamp_stands_for_the_content_of_a_file_that_was_left_alone(
     os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
     other.rename(file)
     assert DiskReader().look(str(file)) != look
+
+
+async def test_without_a_hook_a_name_that_is_no_utf_8_is_left_to_nginx_and_said(tmp_path: Path) -> None:
+    conf = tmp_path / "nginx.conf"
+    conf.write_bytes(b"http { upstream app { server unix:/tmp/caf\xe9.sock; } upstream caf\xe9 { server 10.0.0.1; } }")
+    config = await NginxFiles(str(conf), lambda name: POLICY, managed=lambda block: block.name == "app").read()
+    assert config.upstreams == ()
+    (warning,) = config.warnings
+    assert warning.endswith("cannot manage it; rename that socket (not managed)")
+    assert config.unhooked == ("caf\\udce9",)

@@ -1,12 +1,14 @@
 """controller.conf.parse on texts, on a tree of our own, and on configurations that other people wrote."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from controller.adapters.nginx.files import DiskReader
-from controller.conf.parse import ConfSyntaxError, Place, Tree, UpstreamBlock, parse
+from controller.conf.parse import ConfSyntaxError, Place, Tree, UpstreamBlock, duration_seconds, parse
+from tests.support.nginx import missing_parts
 
 SITE = Path(__file__).parents[1] / "fixtures" / "conf" / "site"
 HOOK = 'balancer_by_lua_block { require("headgate").balance("app") }'
@@ -222,3 +224,51 @@ def _outcome(file: Path) -> str:
     except ConfSyntaxError as error:
         return "refused" if error.place else "refused without a place"
     return "read"
+
+
+@pytest.mark.skipif(bool(missing_parts()), reason=missing_parts() or "")
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("10", 10),
+        ("1m30s", 90),
+        ("1m  30s", 90),
+        ("1m 30", 90),
+        ("1s5", 6),
+        ("1s 5", 6),
+        ("5 ", 5),
+        ("1000000000000s", 10**12),
+        ("1y1M1w1d1h1m1s", 34822861),
+        ("m5", 5),
+        ("9223372036854775808", None),
+        ("", None),
+        (" 1m", None),
+        ("5s ", 5),
+        ("5 5s", None),
+        ("5 5", 10),
+        ("s", None),
+        ("500ms", None),
+        ("30s1m", None),
+        ("1m1m", None),
+        ("1x", None),
+        ("-1", None),
+    ],
+)
+def test_a_time_is_what_nginx_takes_for_one(tmp_path: Path, text: str, seconds: int | None) -> None:
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(f'pid x.pid; events {{}} http {{ upstream a {{ server 127.0.0.1:1 "fail_timeout={text}"; }} }}')
+    command = ["nginx", "-t", "-q", "-p", str(tmp_path), "-c", str(conf), "-e", "stderr"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is (seconds is not None), done.stderr
+    assert duration_seconds(text) == seconds
+
+
+def test_a_name_that_is_no_utf_8_keeps_its_upstream_from_being_managed() -> None:
+    text = f"http {{ upstream app {{ server unix:/tmp/caf\udce9.sock; {HOOK} }} }}"
+    (block,) = read(text).upstreams
+    assert block.servers[0].unix == "/tmp/caf\udce9.sock"
+    assert block.obstacle == (
+        r"/etc/nginx.conf:1: unix:/tmp/caf\udce9.sock is no UTF-8, and Headgate cannot manage it; rename that socket"
+    )
+    text = text.replace("caf\udce9.sock", "a.sock").replace("app", "caf\udce9")
+    assert "has a name that is no UTF-8" in read(text).upstreams[0].obstacle

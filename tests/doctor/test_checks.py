@@ -240,8 +240,16 @@ CASES = [
         upstream("server 127.0.0.1:1;"),
         f"{CONF}:3",
     ),
-    Case("hash-remaps", upstream(f"ip_hash; {TWO}"), upstream(f"hash $uri consistent; {TWO}"), f"{CONF}:3", HINT),
-    Case("hash-remaps", reloading(upstream(f"hash $uri; {TWO}")), upstream(TWO), f"{CONF}:3"),
+    Case("hash-remaps", upstream(f"ip_hash; {TWO}"), upstream(f"hash $uri consistent; {TWO}"), f"{CONF}:3"),
+    *(
+        Case(
+            "hash-no-ramp",
+            reloading(upstream(f"{method}; {TWO}", toml={"upstream": {"app": {}}})),
+            reloading(upstream(f"{method}; {TWO}", toml={"upstream": {"app": {"warm_up": {"duration": "0s"}}}})),
+            f"{CONF}:3",
+        )
+        for method in ("ip_hash", "hash $uri", "hash $uri consistent")
+    ),
     *(
         Case("hash-key", managed(more=more, toml=hashing(bad)), managed(more=more, toml=hashing(good)), evidence)
         for bad, good, evidence, more in (
@@ -352,6 +360,12 @@ CASES = [
         "hidden-log",
         managed(more="server {\nlog_by_lua_block { x = 1 }\nlocation / { proxy_pass http://app; } }"),
         managed(more='server { location / { log_by_lua_block { require("headgate").log() } proxy_pass http://app; } }'),
+        f"{CONF}:11",
+    ),
+    Case(
+        "hidden-log",
+        managed(more="server { location / {\nlog_by_lua_block { x = 1 } set $up app; proxy_pass http://$up; } }"),
+        managed(more="server { location / { set $up app; proxy_pass http://$up; } }"),
         f"{CONF}:11",
     ),
     Case(

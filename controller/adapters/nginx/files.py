@@ -15,7 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from controller.conf.index import Look
-from controller.conf.parse import Cache, ConfSyntaxError, ServerLine, Tree, UpstreamBlock, digest, parse
+from controller.conf.parse import (
+    Cache,
+    ConfSyntaxError,
+    ServerLine,
+    Tree,
+    UpstreamBlock,
+    digest,
+    parse,
+    shown,
+    unspeakable,
+)
 from controller.core.model import Place, Server, Upstream
 from controller.core.policy import BalancePolicy, Policy, StickyPolicy
 from controller.core.table import places
@@ -221,9 +231,11 @@ class NginxFiles:
         upstreams, warnings = [], []
         before = {upstream.name for upstream in self._config.upstreams} if self._config else set()
         for block in tree.upstreams:
-            if block.obstacle:
-                warnings.append(f"{block.obstacle} (not managed)")
-            if not self._managed(block) or block.obstacle:
+            managed = self._managed(block)
+            obstacle = block.obstacle or (managed and next(map(shown, unspeakable(block.name, block.servers)), ""))
+            if obstacle:
+                warnings.append(f"{obstacle} (not managed)")
+            if not managed or obstacle:
                 continue
             lines, notes = _merged(block)
             warnings += notes
@@ -240,7 +252,7 @@ class NginxFiles:
             if not missing:
                 servers = tuple(server for line in lines for server in self._servers(line))
                 upstreams.append(self._upstream(block, servers))
-        unhooked = tuple(block.name for block in tree.upstreams if not self._managed(block))
+        unhooked = tuple(shown(block.name) for block in tree.upstreams if not self._managed(block))
         return NginxConfig(tuple(upstreams), unhooked, tree.files, tuple(dict.fromkeys(warnings)))
 
     def _upstream(self, block: UpstreamBlock, servers: tuple[Server, ...]) -> Upstream:

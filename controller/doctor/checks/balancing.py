@@ -26,7 +26,7 @@ def last_survivor(facts: Facts) -> Iterator[Found]:
             )
 
 
-@check("hash-remaps", Severity.WARNING)
+@check("hash-remaps", Severity.HINT)
 def hash_remaps(facts: Facts) -> Iterator[Found]:
     """ip_hash, or hash without `consistent`: a changed weight or a removed server moves nearly every client."""
     for block, node in _native(facts):
@@ -35,11 +35,25 @@ def hash_remaps(facts: Facts) -> Iterator[Found]:
                 yield Found(
                     block.name,
                     str(method.place),
-                    f"{method.name} gives nearly every client another server when a weight changes or a line goes, "
-                    "as a warm-up on the reload plane does at each step",
+                    f"{method.name} gives nearly every client another server when a weight changes or a line goes",
                     f"write `hash {' '.join(method.args) or '$remote_addr'} consistent;`, and "
                     "mark a server `down` instead of removing it",
-                    Severity.WARNING if facts.reloads else Severity.HINT,
+                )
+
+
+@check("hash-no-ramp", Severity.WARNING)
+def hash_no_ramp(facts: Facts) -> Iterator[Found]:
+    """A hash on the reload plane: weights stay as they are there, and a cold server gets its full share at once."""
+    for block, node in _native(facts):
+        warm_up = facts.settings.policy_for(block.name).warm_up.duration
+        for method in node.own("ip_hash", "hash") if facts.reloads and block.name in facts.settings.upstream else ():
+            if warm_up > 0:
+                yield Found(
+                    block.name,
+                    str(method.place),
+                    f"under {method.name} the reload plane leaves the weights alone, so a server that comes online "
+                    f"gets its full share at once, the warm-up of {warm_up:g} s notwithstanding",
+                    f'choose data_plane = "lua", or write duration = "0s" in [upstream.{block.name}.warm_up]',
                 )
 
 

@@ -134,12 +134,14 @@ def own_init(facts: Facts) -> Iterator[Found]:
 def hidden_log(facts: Facts) -> Iterator[Found]:
     """A log_by_lua of a server or location hides Headgate's: requests there stay in flight for ever; no drain ends."""
     managed = {block.name for block, *_ in facts.hooks()}
-    for block, proxy in facts.proxies():
-        for log in proxy.inherited(*lua_directives("log")) if block.name in managed else ():
+    leading = [(block.name, proxy) for block, proxy in facts.proxies() if block.name in managed]
+    leading += [("any upstream", proxy) for proxy in facts.variable_proxies() if managed]
+    for name, proxy in leading:
+        for log in proxy.inherited(*lua_directives("log")):
             if log.lua is None or not calls(log.lua, "log"):
                 seen = log.lua is not None
                 yield Found(
-                    block.name,
+                    name,
                     str(log.place),
                     f"{log.name} hides Headgate's, so requests of this location never end in its counts"
                     if seen
