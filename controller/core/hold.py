@@ -90,14 +90,14 @@ def taken_out(state: State, old: Group, key: str, now: float) -> tuple[State, li
     """
     name = old.upstream.name
     group = state.groups[name]
-    peer, why, policy = group.peers[key], out_of(group, key), group.upstream.policy.warm_up
-    server = next(each for each in group.upstream.servers if each.key == key)
-    served = table.routing_of(server, old.peers[key]) is Routing.UP
-    if why and served and peer.health is not Health.DOWN and peer.warm_up.phase is Warmth.RUNNING:
-        warm, said = _held(policy, peer.warm_up, why, now)
-        note = Note("warm-up", f"{name}: {key} {said}", name, key)
-        return table.with_peer(state, name, key, replace(peer, warm_up=warm)), [note]
-    if not why and peer.warm_up.phase is Warmth.HELD and out_of(old, key):
+    peer, why = group.peers[key], out_of(group, key)
+    if why and peer.warm_up.phase is Warmth.RUNNING and peer.health is not Health.DOWN:
+        server = next(each for each in group.upstream.servers if each.key == key)
+        if table.routing_of(server, old.peers[key]) is Routing.UP:
+            warm, said = _held(group.upstream.policy.warm_up, peer.warm_up, why, now)
+            note = Note("warm-up", f"{name}: {key} {said}", name, key)
+            return table.with_peer(state, name, key, replace(peer, warm_up=warm)), [note]
+    elif not why and peer.warm_up.phase is Warmth.HELD and out_of(old, key):
         state = table.with_peer(state, name, key, replace(peer, warm_up=replace(peer.warm_up, since=now)))
     return state, []
 
