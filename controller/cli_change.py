@@ -22,8 +22,15 @@ _Servers = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SERVER]...", help="Only these; else every server that is ready.", show_default=False),
 ]
+_SomeServers = Annotated[
+    list[str],
+    typer.Argument(metavar="SERVER...", help="Their addresses as written in nginx.conf.", show_default=False),
+]
 _Change = Annotated[int, typer.Argument(metavar="ID", min=1, help="The change.", show_default=False)]
 _Batch = Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")]
+_BatchOfAll = Annotated[
+    str | None, typer.Option("--batch", metavar="N|N%", help="How many at once; all, without.", show_default=False)
+]
 _MaxUnavailable = Annotated[
     str | None,
     typer.Option(
@@ -45,7 +52,7 @@ _RollBack = Annotated[
 ]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it has ended.")]
 
-_ONE = ("stop", "start", "restart")  # of a single server, without batches
+_UNPLANNED = ("stop", "start", "restart", "scale-out")  # who asks for these names the servers
 
 _OF_SERVERS = {
     "reload": "Drain each server, have its gunicorn master make new workers (HUP), and bring it back.",
@@ -56,9 +63,12 @@ _OF_SERVERS = {
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
-    verbs: list[Callable[..., None]] = [stop, start, restart, rollout, scale, pause, resume, abort]
+    verbs: list[Callable[..., None]] = [
+        *(stop, start, restart, reset, rollout, scale, scale_out, scale_in),
+        *(pause, resume, abort),
+    ]
     for verb in verbs:
-        app.command()(verb)
+        app.command(verb.__name__.replace("_", "-"))(verb)
     for kind, summary in _OF_SERVERS.items():
         app.command(kind)(_of_servers(kind, summary))
     app.command("roll-back")(roll_back)
@@ -67,25 +77,27 @@ def register(app: typer.Typer) -> None:
 def stop(
     context: typer.Context,
     upstream: _Upstream,
-    server: _Server,
+    servers: _SomeServers,
+    batch: _BatchOfAll = None,
     force: _Force = False,
     queue: _Queue = False,
     wait: _Wait = True,
 ) -> None:
-    """Drain a server, then stop its process."""
-    _begin(context, "stop", upstream, [server], force=force, queue=queue, wait=wait)
+    """Drain servers, then stop their processes."""
+    _begin(context, "stop", upstream, servers, batch, force=force, queue=queue, wait=wait)
 
 
 def start(
     context: typer.Context,
     upstream: _Upstream,
-    server: _Server,
+    servers: _SomeServers,
+    batch: _BatchOfAll = None,
     force: _Force = False,
     queue: _Queue = False,
     wait: _Wait = True,
 ) -> None:
-    """Start a server's process and wait until it is up and warm."""
-    _begin(context, "start", upstream, [server], force=force, queue=queue, wait=wait)
+    """Start the processes of servers and wait until they are up and warm."""
+    _begin(context, "start", upstream, servers, batch, force=force, queue=queue, wait=wait)
 
 
 def restart(
@@ -197,6 +209,46 @@ def scale(
     )
 
 
+def reset(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _Servers = None,
+    batch: _Batch = "1",
+    max_unavailable: _MaxUnavailable = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Restart each server and forget what is held against it: quarantines, ejections, flaps, maintenance."""
+    _begin(context, "reset", upstream, servers or [], batch, max_unavailable, force=force, queue=queue, wait=wait)
+
+
+def scale_out(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _SomeServers,
+    weight: Annotated[int, typer.Option("--weight", min=1, help="Of each new server.")] = 1,
+    batch: _BatchOfAll = None,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Add servers to an upstream: their lines in nginx.conf, their processes, and the traffic."""
+    _begin(context, "scale-out", upstream, servers, batch, weight=weight, force=False, queue=queue, wait=wait)
+
+
+def scale_in(
+    context: typer.Context,
+    upstream: _Upstream,
+    servers: _SomeServers,
+    batch: _BatchOfAll = None,
+    force: _Force = False,
+    queue: _Queue = False,
+    wait: _Wait = True,
+) -> None:
+    """Take servers out of an upstream for good: the traffic, their processes, and their lines in nginx.conf."""
+    _begin(context, "scale-in", upstream, servers, batch, force=force, queue=queue, wait=wait)
+
+
 def pause(context: typer.Context, change: _Change) -> None:
     """Have a change begin no further server; those under way come to their end."""
     _steer(context, change, "pause")
@@ -222,10 +274,11 @@ def _begin(
     kind: str,
     upstream: str,
     servers: list[str],
-    batch: str = "1",
+    batch: str | None = None,
     max_unavailable: str | None = None,
     workers: int = 0,
     *,
+    weight: int = 1,
     force: bool,
     queue: bool,
     wait: bool,
@@ -233,12 +286,12 @@ def _begin(
 ) -> None:
     client = Client(load(context.obj).api.socket)
     most = _number(max_unavailable) if max_unavailable else None
-    if kind not in _ONE:
+    if kind not in _UNPLANNED:
         foreseen = client.plan(
             upstream,
             kind,
             tuple(servers),
-            batch,
+            batch or "",
             max_unavailable=max_unavailable,
             workers=workers,
             force=force,
@@ -250,10 +303,11 @@ def _begin(
         kind,
         upstream,
         tuple(servers),
-        _number(batch),
+        _number(batch) if batch else None,
         force,
         max_unavailable=most,
         workers=workers,
+        weight=weight,
         queue=queue,
         roll_back=roll_back,
     )

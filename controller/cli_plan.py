@@ -15,7 +15,7 @@ from controller.errors import DaemonUnreachable
 from controller.settings import Settings, load
 
 Json = dict[str, Any]
-Kind = Literal["rollout", "restart", "stop", "reload", "upgrade", "deploy", "roll-back", "scale"]
+Kind = Literal["rollout", "restart", "reset", "stop", "reload", "upgrade", "deploy", "roll-back", "scale", "scale-in"]
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +28,7 @@ def plan(
     kind: Annotated[Kind, typer.Argument(show_default=False)],
     upstream: Annotated[str, typer.Argument(help="The upstream's name in nginx.conf.", show_default=False)],
     servers: Annotated[list[str] | None, typer.Argument(metavar="[SERVER]...", help="These; all, without.")] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many servers at once.")] = "1",
+    batch: Annotated[str, typer.Option("--batch", metavar="N|N%", help="How many at once.", show_default=False)] = "",
     max_unavailable: Annotated[
         str | None,
         typer.Option("--max-unavailable", metavar="N|N%", help="How many may be away at once.", show_default=False),

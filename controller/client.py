@@ -117,19 +117,20 @@ class Client:
         kind: str,
         upstream: str,
         servers: tuple[str, ...] = (),
-        batch: int | str = 1,
+        batch: int | str | None = None,
         force: bool = False,
         *,
         max_unavailable: int | str | None = None,
         workers: int = 0,
+        weight: int = 1,
         queue: bool = False,
         roll_back: bool | None = None,
     ) -> int:
         """Begin an operation and return the change's id.
 
-        No servers means all; `batch` and `max_unavailable` are a number or `"50%"`. `workers` belongs to a scale. With
-        `queue` it waits for the end of a change that is in its way. With `roll_back` it goes back when it fails; None:
-        as the settings say.
+        No servers means all; `batch` and `max_unavailable` are a number or `"50%"`. Without `batch` servers that go and
+        come back do so one by one. `workers` belongs to a scale, `weight` to a scale-out. With `queue` it waits for the
+        end of a change that is in its way. With `roll_back` it goes back when it fails; None: as the settings say.
         """
         body = {
             "kind": kind,
@@ -139,6 +140,7 @@ class Client:
             "force": force,
             "max_unavailable": max_unavailable,
             "workers": workers,
+            "weight": weight,
             "queue": queue,
             "roll_back": roll_back,
         }
@@ -157,7 +159,7 @@ class Client:
         upstream: str,
         kind: str = "rollout",
         servers: tuple[str, ...] = (),
-        batch: int | str = 1,
+        batch: int | str = "",
         capacity: float | None = None,
         *,
         max_unavailable: int | str | None = None,

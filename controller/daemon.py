@@ -20,15 +20,16 @@ from controller.adapters.clock import SystemClock
 from controller.adapters.edge import EdgeHost
 from controller.adapters.nginx.files import DiskReader, NginxFiles
 from controller.adapters.nginx.lua import LuaPlane
+from controller.adapters.nginx.members import NginxMembers
 from controller.adapters.nginx.reload import ReloadPlane
 from controller.adapters.nginx.verify import Reloader
+from controller.adapters.nginx.writer import ConfWriter
 from controller.adapters.notify import Notifier
 from controller.adapters.probe import NetProber
 from controller.adapters.process import Processes
 from controller.adapters.store.sqlite import SqliteStore
 from controller.adapters.watch import Watcher
 from controller.api.serve import ApiServer, read_token
-from controller.conf.parse import digest
 from controller.core.policy import Policy
 from controller.errors import HeadgateError, SettingsError
 from controller.ports import Check, Clock, DataPlane
@@ -103,13 +104,15 @@ class _Daemon:
         settings, clock = self._settings, SystemClock()
         store = SqliteStore(**settings.store.model_dump())
         watcher = Watcher(lambda paths: self._changed(runtime, paths), self._version)
-        plane, source = _data_plane(settings, self._policies, clock, watcher)
+        writer = adopt.writer(settings, watcher.announce)
+        plane, source = _data_plane(settings, self._policies, clock, watcher, writer)
         runtime = Runtime(
             clock=clock,
             plane=plane,
             processes=Processes(),
             prober=NetProber,
             source=source,
+            members=NginxMembers(settings.nginx.conf, writer),
             store=store,
             edge=EdgeHost(settings.edge_mark, settings.nginx.conf),
             check_for=self._policies.check_for,
@@ -180,7 +183,7 @@ class _Daemon:
 
 
 def _data_plane(
-    settings: Settings, policies: _Policies, clock: Clock, watcher: Watcher
+    settings: Settings, policies: _Policies, clock: Clock, watcher: Watcher, writer: ConfWriter
 ) -> tuple[DataPlane, NginxFiles]:
     """Where tables go, and how nginx.conf is read for it.
 
@@ -192,11 +195,10 @@ def _data_plane(
         plane = LuaPlane(Path(nginx.control), Path(nginx.snapshot))
         return plane, NginxFiles(nginx.conf, policies.policy_for, on_read=watcher.follow)
 
-    def announce(path: str, content: bytes | None) -> None:
-        watcher.expect(path, "" if content is None else digest(content))
-
-    reloader = Reloader(Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file), announce=announce)
-    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, adopt.writer(settings, announce), reloader, clock)
+    reloader = Reloader(
+        Path(nginx.conf), Path(nginx.version_socket), Path(nginx.version_file), announce=watcher.announce
+    )
+    reloads = ReloadPlane(Path(nginx.conf), settings.nginx_state, writer, reloader, clock)
     return reloads, NginxFiles(
         nginx.conf,
         policies.policy_for,

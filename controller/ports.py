@@ -310,6 +310,19 @@ class ConfigSource(Protocol):
         """The configuration as last read with host names resolved anew; None where nothing differs."""
 
 
+class Members(Protocol):
+    """The `server` lines in nginx's own files. Each edit may be repeated: what is so already is done."""
+
+    async def check(self, upstream: str, adding: Sequence[str], removing: Sequence[str], weight: int) -> None:
+        """See that these could be added and removed; ConfigError with the remedy. Writes nothing."""
+
+    async def add(self, upstream: str, address: str, weight: int) -> str:
+        """Add a line, and say what was done; ConfigError and what a writer of files raises."""
+
+    async def remove(self, upstream: str, address: str) -> str:
+        """Take out the lines of this address, and say what was done; as `add`."""
+
+
 # --- store ------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from controller.core.events import (
 )
 from controller.core.model import Admin, Health, Peer, Refused, State
 from controller.core.step import step
+from controller.core.steps import EDITS
 from controller.errors import HeadgateError
 from controller.follow import Follower
 from controller.ports import (
@@ -50,6 +51,7 @@ from controller.ports import (
     DataPlane,
     Edge,
     EventRecord,
+    Members,
     NginxConfig,
     Pace,
     Parameter,
@@ -64,7 +66,7 @@ from controller.ports import (
     TrafficRecord,
 )
 from controller.record import between, judged
-from controller.stages import carry_out, tell
+from controller.stages import carry_out, edit, tell
 
 log = structlog.get_logger("headgate")
 
@@ -108,6 +110,7 @@ class Runtime:
         processes: ProcessControl,
         prober: Callable[[Callable[[Event], None]], Prober],
         source: ConfigSource,
+        members: Members,
         store: Store,
         edge: Edge,
         check_for: Callable[[str], Check],
@@ -129,6 +132,7 @@ class Runtime:
         self._processes = processes
         self._prober = prober(self.post)
         self._source = source
+        self.members = members
         self.check_for = check_for
         self._resolve_interval = resolve_interval
         self._on_turn = on_turn
@@ -495,8 +499,12 @@ class Runtime:
         """Carry out one step of a change and report; whatever goes wrong fails the step, with its reason."""
         report: Event | None
         try:
-            group = self.state.groups.get(job.upstream)
-            report = await carry_out(job, group, self.check_for(job.upstream), self._processes, self.clock.wall())
+            if job.name in EDITS:
+                report = await edit(job, self.members)
+                await self.read_config()  # the change goes on with the server as it is then
+            else:
+                group = self.state.groups.get(job.upstream)
+                report = await carry_out(job, group, self.check_for(job.upstream), self._processes, self.clock.wall())
         except HeadgateError as error:
             report = StepFailed(job.change, job.step, str(error))
         except Exception as error:

@@ -12,7 +12,7 @@ from controller.adapters.notice import Notice, notify
 from controller.core.events import RunStep, StepDone
 from controller.core.model import Group, Master, Server, StepName
 from controller.core.policy import Policy, ProcessPolicy
-from controller.ports import Check, ProcessControl, ProcessError, Trial
+from controller.ports import Check, Members, ProcessControl, ProcessError, Trial
 
 
 async def tell(group: Group | None, key: str, at: float) -> str:
@@ -29,6 +29,8 @@ async def carry_out(
 ) -> StepDone | None:
     """Do it and report; ProcessError, HookError. Each may be repeated after a crash. None: there is nothing to report.
 
+    Edits of nginx.conf are not done here (`edit`).
+
     `group` is the job's upstream as it is now, None where nginx.conf has lost it, `check` how its servers are probed;
     `at` is seconds since the epoch.
     """
@@ -36,15 +38,21 @@ async def carry_out(
         return StepDone(job.change, job.step, await tell(group, job.server, at))
     server = _server(group, job.server)
     policy = group.upstream.policy if group else None
-    if server is None or policy is None or policy.process is None:
-        message = f"{job.upstream}: {job.server} or its process settings are gone"
-        raise ProcessError(message, "see `headgate status`")
-    process = policy.process
+    if server is None or policy is None:
+        raise ProcessError(f"{job.upstream}: {job.server} is gone", "see `headgate status`")
     mark = f"{job.upstream} {job.server} {job.change}-{job.step}"  # the same when it is repeated
     match job.name:
         case StepName.BEFORE_DRAIN | StepName.AFTER_DRAIN | StepName.AFTER_UP:
             said = await call(getattr(policy.hooks, job.name), job.upstream, server)
             return StepDone(job.change, job.step, said)
+        case StepName.UP:
+            await _watch(job.master, policy, processes)
+            return None
+    process = policy.process
+    if process is None:
+        message = f"{job.upstream}: its process settings are gone"
+        raise ProcessError(message, f"write [upstream.{job.upstream}.process] into headgate.toml again")
+    match job.name:
         case StepName.FIND:
             found = await processes.find(job.upstream, server, process)
             text = f"master {found.pid} with {len(found.workers)} workers" if found else "no process is running"
@@ -56,9 +64,6 @@ async def carry_out(
             command = process.deploy if job.name is StepName.DEPLOY else process.roll_back
             await processes.run(command, job.upstream, server, process, mark)
             return StepDone(job.change, job.step, f"`{command[0]}` has done it")
-        case StepName.UP:
-            await _watch(job.master, policy, processes)
-            return None
     if job.master is None:
         return StepDone(job.change, job.step, "no process was running")
     if job.name in (StepName.TERMINATE, StepName.EXIT, StepName.KILL):
@@ -69,6 +74,13 @@ async def carry_out(
         text = f"the new master {new.pid} and its {len(new.workers)} workers serve beside {job.master.pid}"
         return StepDone(job.change, job.step, text, new)
     return await _change(job, job.master, process, processes)
+
+
+async def edit(job: RunStep, members: Members) -> StepDone:
+    """Have the server's line stand in nginx.conf, or not; ConfigError, CheckFailed, WriteFailed. May be repeated."""
+    if job.name is StepName.ADD:
+        return StepDone(job.change, job.step, await members.add(job.upstream, job.server, job.weight))
+    return StepDone(job.change, job.step, await members.remove(job.upstream, job.server))
 
 
 def _server(group: Group | None, key: str) -> Server | None:

@@ -28,6 +28,7 @@ from watchdog.observers.inotify_c import (
 )
 
 from controller.adapters.nginx.files import DiskReader
+from controller.conf.parse import digest
 
 log = structlog.get_logger("headgate")
 
@@ -115,6 +116,10 @@ class Watcher:
         replaces the one before for this file: a writer that takes its work back, or fails, expects the former content.
         """
         self._expected[os.path.realpath(path)] = content_hash
+
+    def announce(self, path: str, content: bytes | None) -> None:
+        """The same for content as it is; None: the file goes away."""
+        self.expect(path, "" if content is None else digest(content))
 
     def _stir(self) -> None:
         """Something may have changed; called on any thread."""

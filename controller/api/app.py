@@ -23,7 +23,7 @@ from controller.api.history import add_history
 from controller.api.plan import add_plan, foretold
 from controller.api.problems import Failed, answer_problems, problem
 from controller.api.readiness import add_readiness
-from controller.core.change import group_of, resolve
+from controller.core.change import begin, group_of, resolve
 from controller.core.events import AdminWished, ChangeWished, OfflineNoticed, OnlineNoticed, SteerWished, WarmUpWished
 from controller.core.model import Admin, ChangeKind, Refused, Steer
 from controller.core.notice import named
@@ -231,6 +231,8 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     async def begin_change(wish: Annotated[wire.ChangeWish, Body()]) -> wire.ChangeBegun:
         """Begin an operation; it is recorded and goes on by itself."""
         event = wish.event(len(group_of(runtime.state, wish.upstream).upstream.servers))
+        if wish.kind in (ChangeKind.SCALE_OUT, ChangeKind.SCALE_IN):
+            await _see_lines(runtime, event)
         outcome = await runtime.wish(await foretold(runtime, event))
         assert outcome.change is not None, "a granted change has an id"
         return wire.ChangeBegun(change=outcome.change)
@@ -287,6 +289,17 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
         )
 
     return app
+
+
+async def _see_lines(runtime: Runtime, event: ChangeWished) -> None:
+    """See before anything begins that nginx.conf can be edited for this wish; Refused as the wish itself."""
+    begun, outcome = begin(runtime.state, event, runtime.clock.now())
+    keys = tuple(dict.fromkeys(step.server for step in begun.changes[outcome.change or 0].steps))
+    coming, going = (keys, ()) if event.kind is ChangeKind.SCALE_OUT else ((), keys)
+    try:
+        await runtime.members.check(event.upstream, coming, going, event.weight)
+    except ConfigError as error:
+        raise Failed(422, "config", error.message, error.remedy) from error
 
 
 class Bounded:

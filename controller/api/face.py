@@ -21,6 +21,7 @@ from controller.ports import (
     Clock,
     Counters,
     EventRecord,
+    Members,
     NginxConfig,
     Parameter,
     Store,
@@ -46,6 +47,10 @@ class Runtime(Protocol):
     @property
     def store(self) -> Store:
         """For records of changes and events."""
+
+    @property
+    def members(self) -> Members:
+        """The `server` lines in nginx's own files."""
 
     @property
     def version(self) -> int:

@@ -16,6 +16,7 @@ from controller.core.change import group_of
 from controller.core.events import ChangeWished, ConfigRead, ProbeResult
 from controller.core.model import ChangeKind, Group, Readings, Refused, State, StepName, Traffic
 from controller.core.step import step
+from controller.core.steps import STEPS
 from controller.errors import ApiError
 from controller.ports import Check, Counters, NginxConfig
 
@@ -99,7 +100,7 @@ def add_plan(app: FastAPI, runtime: Runtime) -> None:
         upstream: Annotated[str, Path(description="The upstream's name in nginx.conf.")],
         kind: ChangeKind = ChangeKind.ROLLOUT,
         servers: Annotated[list[str], Query(description="None: all of the upstream.")] = [],  # noqa: B006 - FastAPI copies it
-        batch: Annotated[str, Query(max_length=20, description="How many at once, or N%.")] = "1",
+        batch: Annotated[str, Query(max_length=20, description="How many at once, or N%; empty: as it would be.")] = "",
         capacity: Annotated[
             float | None, Query(gt=0, allow_inf_nan=False, description="Requests/s that a server of weight 1 can take.")
         ] = None,
@@ -145,8 +146,8 @@ def foresee(
     policy = group_of(state, wish.upstream).upstream.policy
     foreseen = plan.simulate(state, wish, observed, now)
     advice = None
-    goes = wish.kind not in (ChangeKind.DRAIN, ChangeKind.STOP)
-    if advise and goes and len(foreseen.batches[0].servers) * foreseen.count > 1:
+    returning = StepName.UP in STEPS[wish.kind]
+    if advise and returning and len(foreseen.batches[0].servers) * foreseen.count > 1:
         advised = plan.advise(state, wish, observed, now)
         best = advised.plan
         advice = AdviceView(
@@ -217,7 +218,7 @@ def _wish(
             kind=kind,
             upstream=group.upstream.name,
             servers=list(servers),
-            batch=_number(batch),
+            batch=_number(batch) or None,
             force=force,
             max_unavailable=None if max_unavailable is None else _number(max_unavailable),
             workers=workers,

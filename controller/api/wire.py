@@ -74,9 +74,10 @@ _Count = Annotated[
 class ChangeWish(BaseModel):
     """An operation. No servers means all of the upstream; `batch` is how many at once, or a percentage of them.
 
-    No server is taken away while more than `max_unavailable` (a number or percentage) would not serve. `workers` is
-    what a scale is to reach. With `queue` a change that another one is in the way of waits for its end. With
-    `roll_back` it goes back when it fails; null means as `rollout.on_failure` says.
+    Without `batch` servers that go and come back do so one by one, others all at once. No server is taken away while
+    more than `max_unavailable` (a number or percentage) would not serve. `workers` is what a scale is to reach,
+    `weight` that of the servers of a scale-out. With `queue` a change that another one is in the way of waits for its
+    end. With `roll_back` it goes back when it fails; null means as `rollout.on_failure` says.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -84,10 +85,11 @@ class ChangeWish(BaseModel):
     kind: ChangeKind
     upstream: str
     servers: list[str] = []
-    batch: _Count = 1
+    batch: _Count | None = None
     force: StrictBool = False
     max_unavailable: _Count | None = None
     workers: Annotated[StrictInt, Field(ge=0, le=10_000), BeforeValidator(_integral)] = 0
+    weight: Annotated[StrictInt, Field(ge=1, le=1_000_000), BeforeValidator(_integral)] = 1
     queue: StrictBool = False
     roll_back: StrictBool | None = None
 
@@ -97,12 +99,13 @@ class ChangeWish(BaseModel):
             self.kind,
             self.upstream,
             tuple(self.servers),
-            _count(self.batch, servers),
+            _count(self.batch, servers) if self.batch else 0,
             self.force,
             _count(self.max_unavailable, servers) if self.max_unavailable else 0,
             self.workers,
             self.queue,
             self.roll_back,
+            self.weight,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.core import guards, peers, rollback, shared, table, traffic
+from controller.core import guards, members, peers, rollback, shared, table, traffic
 from controller.core.events import (
     ChangeWished,
     Effect,
@@ -37,6 +37,7 @@ from controller.core.model import (
 from controller.core.policy import Policy
 from controller.core.steps import (
     BY_ADAPTER,
+    EDITS,
     EMPTYING,
     ENDED,
     GUNICORN,
@@ -44,7 +45,9 @@ from controller.core.steps import (
     MASTER_OF,
     STEPS,
     WATCHED,
+    WITHOUT_PROCESS,
     fail,
+    has_begun,
     in_vain,
     nearest,
     note,
@@ -67,7 +70,9 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
     """
     group = group_of(state, wish.upstream)
     freed = state if wish.kind is ChangeKind.DRAIN else guards.freed(state, wish.upstream)
-    keys = resolve(group, wish.servers)
+    keys = members.coming(group, wish) if wish.kind is ChangeKind.SCALE_OUT else resolve(group, wish.servers)
+    if wish.kind is ChangeKind.SCALE_IN:
+        keys = members.going(group, keys)
     if not keys:
         ready = freed.groups[wish.upstream].peers
         keys = tuple(s.key for s in group.upstream.servers if not s.down and ready[s.key].admin is Admin.READY)
@@ -76,9 +81,10 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         if wish.kind is ChangeKind.ROLL_BACK:
             keys = keys[::-1]
     _refuse_unknown(wish, group.upstream.policy)
-    if wish.kind is not ChangeKind.DRAIN:
+    if wish.kind not in (ChangeKind.DRAIN, ChangeKind.SCALE_OUT):
         keys = shared.once(group, keys)
-    size = max(1, wish.batch) if StepName.UP in STEPS[wish.kind] else len(keys)
+    comes_back = {StepName.DRAIN, StepName.UP} <= set(STEPS[wish.kind])
+    size = wish.batch or (1 if comes_back else len(keys))
     names = steps_of(wish.kind, group.upstream.policy)
     steps = tuple(Step(name, key, at // size) for at, key in enumerate(keys) for name in names)
     change = Change(
@@ -93,6 +99,8 @@ def begin(state: State, wish: ChangeWished, now: float) -> tuple[State, Outcome]
         roll_back=rollback.wanted(wish.kind, wish.upstream, wish.roll_back, group.upstream.policy),
         foreseen=wish.foreseen,
         rate=wish.rate,
+        batch=size,
+        weight=wish.weight,
     )
     effects: list[Effect] = []
     what = f"change {change.id}: {wish.kind} of {', '.join(keys)} in {wish.upstream}"
@@ -119,7 +127,7 @@ def _measured(state: State, change: Change) -> tuple[State, Change]:
 def _refuse_unknown(wish: ChangeWished, policy: Policy) -> None:
     """Refused where headgate.toml lacks what this kind of change needs."""
     process, table_name = policy.process, f"[upstream.{wish.upstream}.process]"
-    if wish.kind is ChangeKind.DRAIN:
+    if process is None and wish.kind in WITHOUT_PROCESS:
         return
     if process is None:
         raise Refused(
@@ -208,7 +216,9 @@ def resume(state: State) -> list[Effect]:
         run(change, at)
         for change in running(state)
         for at, step in enumerate(change.steps)
-        if step.state is StepState.RUNNING and step.name in BY_ADAPTER | WATCHED and _has(state, change, step.server)
+        if step.state is StepState.RUNNING
+        and step.name in BY_ADAPTER | WATCHED
+        and (step.name in EDITS or _has(state, change, step.server))
     ]
 
 
@@ -235,6 +245,9 @@ def finish(state: State, event: StepDone, now: float) -> State:
     change = with_step(change, event.step, step)
     if step.name is StepName.EXIT and event.gone:
         change = skip(change, step.server, "not needed", now, StepName.KILL)
+    if step.name is StepName.REMOVE:  # whoever comes back to this address is another server
+        gone = (change.upstream, step.server)
+        state = replace(state, departed={name: each for name, each in state.departed.items() if name != gone})
     if step.name is StepName.FIND and step.master and 0 < len(step.master.workers) <= change.workers:
         # A scale to more workers takes nothing away from anybody.
         change = skip(change, step.server, "not needed", now, *EMPTYING)
@@ -320,7 +333,7 @@ def _progress(state: State, number: int, now: float, seen: PeerSeen | None) -> t
             change = state.changes[number]
         for at in _due(change):
             before = state
-            if change.status is not ChangeStatus.PAUSED or _begun(state.changes[number], change.steps[at].server):
+            if change.status is not ChangeStatus.PAUSED or has_begun(state.changes[number], change.steps[at].server):
                 state, more = _advance(state, number, at, now, seen)
                 effects += more
             moved = moved or state is not before
@@ -352,15 +365,11 @@ def _due(change: Change) -> list[int]:
     return list(due.values())
 
 
-def _begun(change: Change, server: str) -> bool:
-    return any(step.server == server and step.state is not StepState.PENDING for step in change.steps)
-
-
 def _advance(state: State, number: int, at: int, now: float, seen: PeerSeen | None) -> tuple[State, list[Effect]]:
     """Begin a step that is due, or judge one that is under way."""
     change = state.changes[number]
     step = change.steps[at]
-    if step.server not in state.groups[change.upstream].peers:
+    if step.server not in state.groups[change.upstream].peers and step.name not in EDITS:
         return fail(state, change, at, f"{step.server} is gone from nginx.conf", now), []
     if step.state is StepState.PENDING:
         return _begin_step(state, change, at, now)
@@ -451,6 +460,8 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
     if not status.ended:
         by_hand = status is ChangeStatus.ABORTING or (status is ChangeStatus.ROLLING_BACK and not error)
         error = (error or ("by an operator" if by_hand else "")) + rollback.outcome(change)
+        if change.kind is ChangeKind.SCALE_OUT and any(s.name is StepName.REMOVE for s in steps if s.started):
+            error = f"{error}; taken out again"
         status = ChangeStatus.ABORTED if by_hand else ChangeStatus.FAILED if error else ChangeStatus.DONE
     state = put(state, replace(change, status=status, ended=now, steps=steps, error=error))
     for server in {step.server for step in steps if step.mates}:
@@ -458,12 +469,18 @@ def _end(state: State, change: Change, now: float) -> tuple[State, list[Effect]]
         if all(step.name in EMPTYING for step in begun):
             state = shared.release(state, change.id, (mate for step in begun for mate in step.mates))
     state = traffic.anew(_kept(state), change.upstream)
-    if change.kind is ChangeKind.STOP and status is not ChangeStatus.FAILED:
-        for step in steps:
-            if step.name is StepName.TERMINATE and step.started is not None and _has(state, change, step.server):
-                state = peers.set_admin(state, change.upstream, step.server, Admin.MAINT, now)
+    for server in _stopped(state.changes[change.id]):
+        if _has(state, change, server):
+            state = peers.set_admin(state, change.upstream, server, Admin.MAINT, now)
     text = f"change {change.id}: {change.kind} of {change.upstream} {status} after {now - change.created:.1f} s"
     return state, [note(change, "change", f"{text}: {error}" if error else text)]
+
+
+def _stopped(change: Change) -> list[str]:
+    """The servers that this change has left without a process, on purpose or since their line could not be removed."""
+    if change.kind is ChangeKind.STOP and change.status is not ChangeStatus.FAILED:
+        return [s.server for s in change.steps if s.name is StepName.TERMINATE and s.started is not None]
+    return [s.server for s in change.steps if s.name is StepName.REMOVE and s.state is StepState.FAILED]
 
 
 def _kept(state: State) -> State:

@@ -151,7 +151,8 @@ class AdminWished:
 
 @dataclass(frozen=True, slots=True)
 class ChangeWished:
-    """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once.
+    """An operator wants an operation. No servers means all of the upstream; `batch` is how many at once (0: one, where
+    servers go and come back, else all).
 
     `queue`: where another change is in the way, wait for its end. `roll_back` None: as `rollout.on_failure` says. The
     rest is as in `model.Change`.
@@ -160,12 +161,13 @@ class ChangeWished:
     kind: ChangeKind
     upstream: str
     servers: tuple[str, ...] = ()
-    batch: int = 1
+    batch: int = 0
     forced: bool = False
     max_unavailable: int = 0
     workers: int = 0
     queue: bool = False
     roll_back: bool | None = None
+    weight: int = 1
     foreseen: Foreseen | None = None
     rate: float | None = None
 
@@ -270,6 +272,7 @@ class RunStep:
     master: Master | None = None
     workers: int = 0
     alone: bool = False
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)

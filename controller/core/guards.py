@@ -38,9 +38,13 @@ def refuse(state: State, change: Change) -> None:
     """
     if change.forced or all(step.name is not StepName.DRAIN for step in change.steps):
         return
+    away: tuple[str, ...] = ()
     for batch in batches(change):
-        together = _heaviest(state.groups[change.upstream], batch, change.max_unavailable)
-        for group, keys in concerned(state, change, together):
+        if any(step.name is StepName.UP for step in change.steps):
+            away = _heaviest(state.groups[change.upstream], batch, change.max_unavailable)
+        else:  # those of the batches before do not come back
+            away += batch
+        for group, keys in concerned(state, change, away):
             refuse_emptying(group, keys)
             # Whoever restarts a single server wants that one, as with a stop.
             if change.kind in _IN_BATCHES or (change.kind is ChangeKind.RESTART and len(batch) > 1):

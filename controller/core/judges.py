@@ -77,6 +77,11 @@ def _judge_settle(state: State, change: Change, at: int, now: float, _: PeerSeen
     return settle(state, change, at, StepState.DONE, f"{wait:g} s after deregistration", now)
 
 
+def _judge_reset(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
+    state, forgot = peers.reset(state, change.upstream, change.steps[at].server)
+    return settle(state, change, at, StepState.DONE, f"forgot {', '.join(forgot) or 'nothing: it was clean'}", now)
+
+
 def _judge_up(state: State, change: Change, at: int, now: float, _: PeerSeen | None) -> State:
     step, group = change.steps[at], state.groups[change.upstream]
     limit = group.upstream.policy.rollout.up_timeout
@@ -181,6 +186,7 @@ JUDGES: dict[StepName, Callable[[State, Change, int, float, PeerSeen | None], St
     StepName.SESSIONS: _judge_sessions,
     StepName.EMPTY: _judge_empty,
     StepName.SETTLE: _judge_settle,
+    StepName.RESET: _judge_reset,
     StepName.UP: _judge_up,
     StepName.WARM: _judge_warm,
     StepName.HOLD: _judge_hold,

@@ -233,6 +233,9 @@ class ChangeKind(enum.StrEnum):
     DEPLOY = "deploy"  # a command between stop and start
     ROLL_BACK = "roll-back"  # the command that takes a deploy back, between stop and start
     SCALE = "scale"  # TTIN and TTOU: more or fewer workers
+    SCALE_OUT = "scale-out"  # new `server` lines, whose processes are started
+    SCALE_IN = "scale-in"  # servers go offline for good, and their `server` lines with them
+    RESET = "reset"  # a restart that forgets what is held against a server
 
 
 class StepName(enum.StrEnum):
@@ -255,6 +258,9 @@ class StepName(enum.StrEnum):
     WORKERS = "workers"
     UPGRADE = "upgrade"
     SCALE = "scale"
+    ADD = "add"
+    REMOVE = "remove"
+    RESET = "reset"
     START = "start"
     UP = "up"
     AFTER_UP = "after_up"
@@ -348,9 +354,10 @@ class Foreseen:
 class Change:
     """An operation as data: what was asked, and every step with its time and outcome.
 
-    No server is taken away while more than `max_unavailable` would not serve (0: no limit). `workers` is what a scale
-    is to reach. `before` is the traffic that its upstream's budget is compared with, `foreseen` what was planned,
-    `rate` the requests a second that came when it was wished (None: not known). With `roll_back` it goes back when it
+    No server is taken away while more than `max_unavailable` would not serve (0: no limit). `batch` is how many go at
+    once. `workers` is what a scale is to reach, `weight` that of the servers of a scale-out. `before` is the traffic
+    that its upstream's budget is compared with, `foreseen` what was planned, `rate` the requests a second that came
+    when it was wished (None: not known). With `roll_back` it goes back when it
     fails; the steps that do so are those from the batch `back` on (0: there are none).
     """
 
@@ -370,6 +377,8 @@ class Change:
     back: int = 0
     foreseen: Foreseen | None = None
     rate: float | None = None
+    batch: int = 1
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from controller.core import accrual, agent, ejection, flapping, health, hold, pseudo_dead, table, warmup
 from controller.core.events import AgentSaid, Effect, Note, PeerSeen, ProbeResult
-from controller.core.model import Admin, Group, Health, Peer, Routing, State, Warmth
+from controller.core.model import Admin, Agent, Group, Health, Peer, Routing, State, Warmth
 
 
 def probed(state: State, result: ProbeResult, now: float) -> tuple[State, list[Effect]]:
@@ -105,6 +105,23 @@ def pardon(state: State, upstream: str, key: str) -> tuple[State, list[Effect]]:
     before = state.groups[upstream].peers[key]
     peer = replace(ejection.forgive(before, everything=True), held=0)
     return table.with_peer(state, upstream, key, peer), ejection.forgiven(upstream, key, before, peer, "it was enabled")
+
+
+def reset(state: State, upstream: str, key: str) -> tuple[State, list[str]]:
+    """Forget all that is held against a server whose process has ended, and have it ready; what that was, in words.
+
+    It serves once its new process is found well. The ids of notices stay, for a late repetition means the old one.
+    """
+    before = state.groups[upstream].peers[key]
+    forgot = [f"a quarantine ({entry.kind}: {entry.why})" for entry in before.quarantine]
+    if before.ejected or before.ejections:
+        forgot.append("ejections")
+    if before.changed or before.rests:
+        forgot.append("its changes of health")
+    if before.agent != Agent():
+        forgot.append("what its agent said")
+    peer = replace(ejection.forgive(before, everything=True), agent=Agent(), admin=Admin.READY, sessions=False)
+    return table.with_peer(state, upstream, key, health.forget(peer)), forgot
 
 
 def seen(state: State, reading: PeerSeen, now: float) -> State:

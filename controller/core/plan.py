@@ -42,6 +42,7 @@ from controller.core.model import (
 )
 from controller.core.policy import Policy
 from controller.core.step import step
+from controller.core.steps import STEPS
 
 USUAL: Mapping[StepName, float] = {StepName.EXIT: 1.0, StepName.START: 2.0, StepName.UP: 2.0}
 """Seconds that a step takes where nothing is known of it; those that are not here take none."""
@@ -166,7 +167,10 @@ class Advice:
 
 
 def simulate(state: State, wish: ChangeWished, observed: Observed, now: float) -> Plan:
-    """What this wish would do if it were granted `now`; Refused as the wish itself."""
+    """What this wish would do if it were granted `now`; Refused as the wish itself, and for a scale-out."""
+    if wish.kind is ChangeKind.SCALE_OUT:
+        message = f"a scale-out takes nothing away from {wish.upstream}: there is nothing to plan"
+        raise Refused("invalid", message, "scale out")
     state = _open(state, wish)
     weights, batches = _batches(state, wish, now)
     most = max(1, min(_SIMULATED, _SERVERS // len(batches[0])))
@@ -238,7 +242,7 @@ def warnings(plan: Plan, policy: Policy, observed: Observed) -> tuple[str, ...]:
         said.append(
             f"overload: a server is asked for {used * 100:.0f} % of what it can take, at {observed.rate:.0f} requests/s"
         )
-    if policy.warm_up.duration <= 0 and plan.kind not in (ChangeKind.DRAIN, ChangeKind.STOP) and len(plan.loads) > 1:
+    if policy.warm_up.duration <= 0 and StepName.UP in STEPS[plan.kind] and len(plan.loads) > 1:
         said.append(f"{plan.upstream} has no warm-up: a server that comes back gets its full share while it is cold")
     elif plan.cold > policy.warm_up.max_cold + _TOLERANCE:
         said.append(f"up to {plan.cold * 100:.0f} % of the requests go to servers that still warm up")

@@ -132,7 +132,7 @@ def started(state: State, upstream: str, server: str) -> tuple[State, list[Effec
 def freed(state: State, change: Change) -> State:
     """The state as if a change had ended well: what it stops is stopped, the rest serves and is warm."""
     servers = tuple(dict.fromkeys(step.server for step in change.steps))
-    stops = change.kind is ChangeKind.STOP
+    stops = change.kind in (ChangeKind.STOP, ChangeKind.SCALE_IN)
     for key in servers:
         if peer_of(state, Mate(change.upstream, key)):
             admin = Admin.MAINT if stops else Admin.READY

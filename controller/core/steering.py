@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from controller.core import rollback
 from controller.core.events import Effect, SteerWished
-from controller.core.model import ChangeStatus, Refused, State, Steer, StepName
-from controller.core.steps import STEPS, note, put
+from controller.core.model import ChangeKind, ChangeStatus, Refused, State, Steer, StepName
+from controller.core.steps import STEPS, has_begun, note, put, take_out
 from controller.core.stopping import leave_out
 
 
@@ -42,5 +42,9 @@ def steer(state: State, wish: SteerWished, now: float) -> tuple[State, list[Effe
     if wish.steer is Steer.ABORT:
         names = {StepName.WARM, StepName.HOLD} | ({StepName.DEPLOY, StepName.ROLL_BACK} & set(STEPS[change.kind]))
         for server in dict.fromkeys(step.server for step in change.steps):
-            state = leave_out(state, state.changes[change.id], server, names, "aborted", now)
+            change, group = state.changes[change.id], state.groups.get(change.upstream)
+            if change.kind is ChangeKind.SCALE_OUT and group and has_begun(change, server):
+                state = put(state, take_out(change, server, group.upstream.policy, now))
+            else:
+                state = leave_out(state, change, server, names, "aborted", now)
     return state, [note(change, "change", f"change {change.id}: {change.kind} of {change.upstream} is {wanted}")]

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from controller.core import peers, shared
 from controller.core.events import Note, RunStep
-from controller.core.model import Change, ChangeKind, State, Step, StepName, StepState
+from controller.core.model import Change, ChangeKind, Group, State, Step, StepName, StepState
 from controller.core.policy import Policy
 
 EMPTYING = (
@@ -40,6 +40,9 @@ STEPS: dict[ChangeKind, tuple[StepName, ...]] = {
     ChangeKind.DEPLOY: (*OFFLINE, StepName.DEPLOY, *ONLINE),
     ChangeKind.ROLL_BACK: (*OFFLINE, StepName.ROLL_BACK, *ONLINE),
     ChangeKind.SCALE: (*EMPTYING, StepName.SCALE, *BACK),
+    ChangeKind.SCALE_OUT: (StepName.ADD, *ONLINE),
+    ChangeKind.SCALE_IN: (*OFFLINE, StepName.REMOVE),
+    ChangeKind.RESET: (*OFFLINE, StepName.RESET, *ONLINE),
 }
 
 #: What a server goes through when a deploy has failed at it: before its new process ran, and with it running.
@@ -54,6 +57,15 @@ UNDO_RUNNING = (
     *ENDING,
     *UNDO,
 )
+
+#: What a new server goes through when a scale-out has failed at it, or was aborted: with its process running.
+TAKING_OUT = (*EMPTYING, *ENDING, StepName.REMOVE)
+
+#: Steps that edit nginx.conf: their server need not stand there.
+EDITS = frozenset({StepName.ADD, StepName.REMOVE})
+
+#: Kinds that an upstream without process settings can have: then the steps of processes are left out.
+WITHOUT_PROCESS = frozenset({ChangeKind.DRAIN, ChangeKind.SCALE_OUT, ChangeKind.SCALE_IN})
 
 HOOKS = frozenset({StepName.BEFORE_DRAIN, StepName.AFTER_DRAIN, StepName.AFTER_UP})
 
@@ -71,6 +83,7 @@ BY_ADAPTER = frozenset(
         StepName.UPGRADE,
         StepName.SCALE,
         StepName.START,
+        *EDITS,
     }
 )
 
@@ -92,7 +105,7 @@ MASTER_OF: dict[StepName, tuple[StepName, ...]] = {
 
 #: Kinds that need the old process gone and no other in its place, before their command runs or they are done. For the
 #: others it is as well that somebody else has started a new one.
-ALONE = frozenset({ChangeKind.STOP, ChangeKind.DEPLOY, ChangeKind.ROLL_BACK})
+ALONE = frozenset({ChangeKind.STOP, ChangeKind.SCALE_IN, ChangeKind.DEPLOY, ChangeKind.ROLL_BACK})
 
 #: Kinds that need a gunicorn master, and one that runs.
 GUNICORN = frozenset({ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind.SCALE})
@@ -112,6 +125,8 @@ def _wanted(names: tuple[StepName, ...], policy: Policy) -> tuple[StepName, ...]
     if not policy.sticky.cookie:
         off.add(StepName.SESSIONS)
     off |= {name for name in HOOKS if not getattr(policy.hooks, name)}
+    if policy.process is None:
+        off |= {StepName.FIND, *ENDING, StepName.START}
     if policy.hooks.register_at == "warm" and StepName.WARM in names and StepName.AFTER_UP not in off:
         warm = names.index(StepName.WARM) + 1
         before = tuple(name for name in names[:warm] if name is not StepName.AFTER_UP)
@@ -122,6 +137,11 @@ def _wanted(names: tuple[StepName, ...], policy: Policy) -> tuple[StepName, ...]
 def undoes(change: Change, step: Step) -> bool:
     """Whether the step takes back what the change has done."""
     return 0 < change.back <= step.batch
+
+
+def has_begun(change: Change, server: str) -> bool:
+    """Whether the change has begun to do anything with this server."""
+    return any(step.server == server and step.state is not StepState.PENDING for step in change.steps)
 
 
 def with_step(change: Change, at: int, step: Step) -> Change:
@@ -174,18 +194,19 @@ def fail(state: State, change: Change, at: int, why: str, now: float) -> State:
     """The step has failed: its server's later steps are skipped, and a server not yet told to stop gets back its place.
 
     An operator's own drain is the exception: the server stays out, for that is what was asked. Where a deploy can be
-    rolled back, the steps that do so here are added, unless the change goes back as a whole. Where hooks were called
-    since the server would leave, and it stays, those of `after_up` are called.
+    rolled back, or a new server taken out again, the steps that do so here are added, unless the change goes back as a
+    whole. Where hooks were called since the server would leave, and it stays, those of `after_up` are called.
     """
     step = change.steps[at]
     change = with_step(change, at, end(step, StepState.FAILED, why, now))
     change = skip(change, step.server, "", now)
     change = replace(change, error=change.error or f"{step.server}: {step.name}: {why}")
     group = state.groups.get(change.upstream)
-    if group is None or step.server not in group.peers:
+    if group is None:
         return put(state, change)
-    if group.upstream.policy.process and group.upstream.policy.process.roll_back:
-        change = replace(change, steps=(*change.steps, *_undo(change, at, group.upstream.policy)))
+    change = replace(change, steps=(*change.steps, *_undo(change, at, group)))
+    if step.server not in group.peers:
+        return put(state, change)
     if step.name in REVERSIBLE | {StepName.BEFORE_DRAIN}:
         change = call_back(change, step.server, group.upstream.policy)
     state = put(state, change)
@@ -214,16 +235,32 @@ def call_back(change: Change, server: str, policy: Policy) -> Change:
     return replace(change, steps=(*change.steps, again)) if at is None else with_step(change, at, again)
 
 
-def _undo(change: Change, at: int, policy: Policy) -> tuple[Step, ...]:
-    failed = change.steps[at]
-    if change.roll_back or change.kind is not ChangeKind.DEPLOY or nearest(change, at, StepName.ROLL_BACK):
+def take_out(change: Change, server: str, policy: Policy, now: float) -> Change:
+    """The change with steps that end with the new server gone again, in place of those that had not begun."""
+    mine = {step.name: at for at, step in enumerate(change.steps) if step.server == server}
+    if StepName.REMOVE in mine:
+        return change
+    change = skip(change, server, "aborted", now)
+    for name in BACK:
+        if name in mine and name is not StepName.AFTER_UP and change.steps[mine[name]].state is StepState.RUNNING:
+            change = with_step(change, mine[name], end(change.steps[mine[name]], StepState.SKIPPED, "aborted", now))
+    ran = StepName.START not in mine or change.steps[mine[StepName.START]].started is not None
+    names = TAKING_OUT if ran else (StepName.REMOVE,)
+    batch = change.steps[mine[StepName.ADD]].batch
+    return replace(change, steps=(*change.steps, *(Step(name, server, batch) for name in _wanted(names, policy))))
+
+
+def _undo(change: Change, at: int, group: Group) -> tuple[Step, ...]:
+    failed, policy = change.steps[at], group.upstream.policy
+    early = failed.name in (StepName.DEPLOY, StepName.ADD, StepName.START)  # nothing new runs yet
+    if not early and (failed.name not in BACK or failed.name is StepName.AFTER_UP):
         return ()
-    if failed.name in (StepName.DEPLOY, StepName.START):
-        names: tuple[StepName, ...] = UNDO
-    elif failed.name in BACK and failed.name is not StepName.AFTER_UP:
-        names = UNDO_RUNNING
-    else:
-        return ()
+    names: tuple[StepName, ...] = ()
+    if change.kind is ChangeKind.DEPLOY and policy.process and policy.process.roll_back:
+        if not (change.roll_back or nearest(change, at, StepName.ROLL_BACK)):
+            names = UNDO if early else UNDO_RUNNING
+    elif change.kind is ChangeKind.SCALE_OUT:
+        names = (StepName.REMOVE,) if early or failed.server not in group.peers else TAKING_OUT
     return tuple(Step(name, failed.server, failed.batch) for name in _wanted(names, policy))
 
 
@@ -231,7 +268,10 @@ def run(change: Change, at: int) -> RunStep:
     """The effect that has an adapter carry out this step."""
     step = change.steps[at]
     alone = change.kind in ALONE and step.name in ENDING
-    return RunStep(change.id, at, step.name, change.upstream, step.server, step.master, change.workers, alone)
+    return RunStep(
+        *(change.id, at, step.name, change.upstream, step.server),
+        *(step.master, change.workers, alone, change.weight),
+    )
 
 
 def note(change: Change, kind: str, text: str, server: str = "") -> Note:

@@ -89,7 +89,7 @@ class World:
             self.take(ProbeResult("app", key, ok, "ok" if ok else reason))
         return self.acknowledge()
 
-    def wish(self, kind: ChangeKind, *keys: str, batch: int = 1, forced: bool = False) -> int:
+    def wish(self, kind: ChangeKind, *keys: str, batch: int = 0, forced: bool = False) -> int:
         outcome = self.take(ChangeWished(kind, "app", keys, batch, forced))
         self.acknowledge()
         assert outcome.change is not None

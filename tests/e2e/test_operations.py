@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from controller.demo.stage import UPSTREAM, Stage, until
+from controller.demo.stage import UPSTREAM, Stage, free_ports, until
 
 # The end of the stage's [upstream.app.process]: the commands write down that they ran, and fail where a file says so.
 DEPLOY = """
@@ -29,8 +29,8 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         yield built
 
 
-def under_load(stage: Stage, *words: str) -> dict[str, Any]:
-    """The change that a command makes, during which no request may fail."""
+def under_load(stage: Stage, *words: str, servers: int = 3) -> dict[str, Any]:
+    """The change that a command makes, during which no request may fail; afterwards so many servers serve."""
     load = stage.load(60)
     until(lambda: bool(load.read() or load.ticks), "traffic", 20, stage.prefix / "load.log")
     done = subprocess.run(
@@ -42,7 +42,7 @@ def under_load(stage: Stage, *words: str) -> dict[str, Any]:
     assert summary["failures"] == {}, summary
     record = stage.client.change(stage.client.changes()[0]["id"])
     assert done.returncode == (record["status"] != "done"), done.stdout + done.stderr
-    assert [s["effective_weight"] > 0 for s in stage.client.upstream(UPSTREAM)["servers"]] == [True] * 3
+    assert [s["effective_weight"] > 0 for s in stage.client.upstream(UPSTREAM)["servers"]] == [True] * servers
     return record
 
 
@@ -103,6 +103,25 @@ def test_masters_are_scaled_out_and_in(stage: Stage) -> None:
     for count in (before + 2, before):
         assert under_load(stage, "scale", UPSTREAM, stage.addresses[0], "--workers", str(count))["status"] == "done"
         assert len(workers(stage, stage.addresses[0])) == count
+
+
+@pytest.mark.timeout(300)
+def test_servers_are_added_and_removed_with_their_lines_and_processes(stage: Stage) -> None:
+    conf = stage.prefix / "nginx.conf"
+    before, workers_before = conf.read_bytes(), stage.nginx_workers()
+    new = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    record = under_load(stage, "scale-out", UPSTREAM, *new, servers=5)
+    assert record["status"] == "done", record["error"]
+    masters = [stage.master(address) for address in new]
+    assert all(master and psutil.pid_exists(master) for master in masters)
+    assert all(f"server {address};".encode() in conf.read_bytes() for address in new)
+    record = under_load(stage, "scale-in", UPSTREAM, *new, "--batch", "1")
+    assert record["status"] == "done", record["error"]
+    assert [ended(record, address)[-1] for address in new] == ["remove", "remove"]
+    assert not any(master and psutil.pid_exists(master) for master in masters)
+    assert conf.read_bytes() == before
+    assert stage.nginx_workers() == workers_before, "nginx was not reloaded"
+    assert "files have changed" not in (stage.prefix / "headgate.log").read_text(), "our own writes are no news"
 
 
 @pytest.mark.timeout(300)

@@ -36,6 +36,25 @@ def test_a_rollout_by_reloads_loses_no_request_of_one_shot_clients_and_leaves_th
         assert "files have changed" not in log.read_text(), "our own writes are no news"
 
 
+@pytest.mark.timeout(300)
+def test_a_server_is_added_and_removed_by_reloads_without_a_failed_request_of_one_shot_clients() -> None:
+    with Stage("gthread", warm_up=2.0, data_plane="reload") as stage:
+        conf, log = stage.prefix / "nginx.conf", stage.prefix / "headgate.log"
+        written = conf.read_bytes()
+        new = f"127.0.0.1:{free_ports(1)[0]}"
+        load = stage.load(60, "--mix", "fast=9,echo=1", "--one-shot", "1")
+        for kind, changed in (("scale-out", True), ("scale-in", False)):
+            *_, record = stage.client.follow_change(stage.client.begin_change(kind, UPSTREAM, (new,)))
+            assert record["status"] == "done", record["error"]
+            assert (f"server {new}".encode() in conf.read_bytes()) is changed
+        summary = load.finish()
+        assert summary["failures"] == {}, summary
+        assert summary["requests"] > 100
+        until(lambda: conf.read_bytes() == written, "the file as its author wrote it", 30, log)
+        assert stage.master(new) is None
+        assert "files have changed" not in log.read_text(), "our own writes are no news"
+
+
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     with Stage("gthread", warm_up=0.0, data_plane="reload") as built:

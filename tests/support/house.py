@@ -79,6 +79,7 @@ class HeldPlane:
         self.busy: dict[str, int] = {}
         self.served: dict[str, int] = {}
         self.meant: dict[Parameter, str | None] = {}
+        self._keys = {each.name: [server.key for server in each.servers] for each in (APP, NAMED)}
         self.asked = threading.Event()  # set whenever the counters of one upstream were read
 
     async def status(self) -> PlaneStatus:
@@ -90,6 +91,8 @@ class HeldPlane:
         if self.refuses:
             raise PlaneRefused("no_room", self.refuses, "make room", self.revision)
         self.revision = int(str(table["revision"]))
+        upstreams: Any = table["upstreams"]
+        self._keys = {name: [server["key"] for server in each["servers"]] for name, each in upstreams.items()}
         return PlaneStatus("nginx", self.revision)
 
     async def remembered(self) -> Mapping[str, Any] | None:
@@ -105,8 +108,11 @@ class HeldPlane:
         await self._answer()
         if upstream:
             self.asked.set()
-        names = [each for each in (APP, NAMED) if upstream in (None, each.name)]
-        seen = {u.name: {s.key: self._counted(s.key) for s in u.servers} for u in names}
+        seen = {
+            name: {key: self._counted(key) for key in keys}
+            for name, keys in self._keys.items()
+            if upstream in (None, name)
+        }
         return Counters("nginx", self.revision, seen)
 
     def _counted(self, key: str) -> PeerCounters:
@@ -230,6 +236,34 @@ class HeldSource:
         return None
 
 
+class HeldMembers:
+    """The `server` lines of the upstream `app`, in the very configuration that is read; `error` keeps it as it is."""
+
+    def __init__(self, source: HeldSource) -> None:
+        self._source = source
+        self.error = ""
+
+    async def check(self, upstream: str, adding: Sequence[str], removing: Sequence[str], weight: int) -> None:
+        if self.error:
+            raise ConfigError(self.error, "mend it")
+
+    async def add(self, upstream: str, address: str, weight: int) -> str:
+        host, port = address.rsplit(":", 1)
+        self._have(lambda servers: (*servers, Server(address, address, host, int(port), weight)))
+        return "added"
+
+    async def remove(self, upstream: str, address: str) -> str:
+        self._have(lambda servers: tuple(server for server in servers if server.key != address))
+        return "taken out"
+
+    def _have(self, edit: Callable[[tuple[Server, ...]], tuple[Server, ...]]) -> None:
+        if self.error:
+            raise ConfigError(self.error, "mend it")
+        app, *others = self._source.config.upstreams
+        app = replace(app, servers=edit(app.servers))
+        self._source.config = replace(self._source.config, upstreams=(app, *others))
+
+
 class House:
     """Started by `with`; the API is at `socket`, and at `http://` + `api.address` where `listen` is given."""
 
@@ -286,6 +320,7 @@ class House:
 
     async def _start(self) -> None:
         self.plane, self.processes, self.source = HeldPlane(), HeldProcesses(), HeldSource()
+        self.members = HeldMembers(self.source)
         self.edge = HeldEdge(self.directory / "edge-offline")
 
         def prober(emit: Callable[[Event], None]) -> HeldProber:
@@ -298,6 +333,7 @@ class House:
             processes=self.processes,
             prober=prober,
             source=self.source,
+            members=self.members,
             store=SqliteStore(f"sqlite:///{self.directory}/state.db"),
             edge=self.edge,
             check_for=lambda _: Check(),
