@@ -56,9 +56,13 @@ def happened(
 
 
 def _away(steps: Sequence[Stage], ended: float) -> Iterable[tuple[float, float]]:
-    """From when to when each server was taken away: until its probes passed again, or it got its place back."""
+    """From when to when each server was taken away: until its probes passed again, or it got its place back. A change
+    that goes back takes it away again."""
     for server in dict.fromkeys(step.server for step in steps):
         mine = [step for step in steps if step.server == server and step.began is not None]
+        while again := _back(mine):
+            yield from _away(mine[:again], ended)
+            mine = mine[again:]
         since = next((step.began for step in mine if step.name == StepName.DRAIN), None)
         if since is None:
             continue
@@ -66,6 +70,16 @@ def _away(steps: Sequence[Stage], ended: float) -> Iterable[tuple[float, float]]
         last = back or [step.ended or ended for step in mine]
         told = any(step.name in (StepName.TERMINATE, StepName.RELOAD) for step in mine)
         yield since, ended if told and not back else max(last)
+
+
+def _back(mine: Sequence[Stage]) -> int:
+    """Where the steps of a server begin that take it away anew, after it had passed its probes; 0: nowhere."""
+    passed = False
+    for at, step in enumerate(mine):
+        if passed and step.name == StepName.FIND:
+            return at
+        passed = passed or step.name == StepName.WARM
+    return 0
 
 
 def _together(away: Sequence[tuple[float, float]]) -> int:

@@ -79,6 +79,18 @@ def test_weights_count_and_servers_that_are_not_configured_do_not() -> None:
         ([Stage("drain", A, 1.0, 2.0), Stage("empty", A, 2.0, 30.0), Stage("drain", B, 31.0, 32.0)], 2),
         ([*restart(A, 10, 15)[:3], *restart(B, 20, 25)], 1),
         ([Stage("drain", A, None, None)], 3),
+        # A, then B, and back again: B first.
+        ([*restart(A, 5, 8), *restart(B, 10, 15), *restart(B, 20, 25), *restart(A, 28, 32)], 2),
+        # What does not come up is away until it is rolled back and its probes pass.
+        (
+            [
+                *restart(B, 10, 15)[:5],
+                Stage("roll-back", B, 16.0, 17.0),
+                Stage("up", B, 18.0, 22.0),
+                *restart(A, 19, 25),
+            ],
+            1,
+        ),
     ],
 )
 def test_the_least_number_that_serve_follows_from_who_was_away_at_the_same_time(
