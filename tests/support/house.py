@@ -136,12 +136,13 @@ class HeldPlane:
 
 
 class HeldProcesses:
-    """Masters that come and go at once; `stuck` ones do not end before `release`."""
+    """Masters that come and go at once; `stuck` ones do not end before that is set. `started` has those that came."""
 
     def __init__(self) -> None:
         self.stuck = asyncio.Event()
         self.stuck.set()
         self.broken = ""
+        self.started: list[str] = []
 
     async def find(self, upstream: str, server: Server, policy: ProcessPolicy) -> Master | None:
         return Master(1000 + server.port, 1.0, "/usr/bin/python3", ((1, 1.0),))
@@ -162,6 +163,7 @@ class HeldProcesses:
     async def start(self, upstream: str, server: Server, policy: ProcessPolicy, mark: str) -> Master:
         if self.broken:
             raise ProcessError(self.broken, "mend it")
+        self.started.append(server.key)
         return Master(2000 + server.port, 2.0, "/usr/bin/python3", ((2, 2.0),))
 
     async def ended(self, master: Master, timeout: float) -> bool:
@@ -355,11 +357,11 @@ class House:
         state = self.runtime.state
         return not state.plane.error and state.plane.revision == state.revision
 
-    def refuse_writes(self) -> None:
-        """From now on every write to the store fails, as on a file system that has become read-only."""
+    def refuse_writes(self, refused: bool = True) -> None:
+        """From now on every write to the store fails, as on a read-only file system; or it does not any more."""
         store = self.runtime.store
         assert isinstance(store, SqliteStore)
-        self.call(store._run(lambda db: db.execute("PRAGMA query_only = ON")))
+        self.call(store._run(lambda db: db.execute(f"PRAGMA query_only = {int(refused)}")))
 
     def until_connections(self, count: int) -> None:
         """Wait until so many requests are under way at the API."""
