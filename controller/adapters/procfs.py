@@ -19,6 +19,7 @@ from controller.core.model import Server
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _LISTEN = "0A"  # TCP_LISTEN, /proc/net/tcp column `st`
+_OPEN = ("01", "03")  # TCP_ESTABLISHED, TCP_SYN_RECV: not closed by either end
 _ACCEPTING = "00010000"  # __SO_ACCEPTCON, /proc/net/unix column `Flags`
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -146,7 +147,7 @@ def listening(server: Server, pid: int | None = None, wildcards: bool = True) ->
 
 def server_end(ours: tuple[str, int], theirs: tuple[str, int], pid: int) -> int | None:
     """The inode of the server's end of a TCP connection in the network namespace of process `pid`, by the addresses of
-    our end and of theirs; 0 while no process has accepted it, None where it is not there."""
+    our end and of theirs; 0 while no process has accepted it, None where it is gone or the server has closed it."""
     wanted = [(_address(host), port) for host, port in (theirs[:2], ours[:2])]
     for family in ("tcp", "tcp6"):
         for fields in _rows(f"/proc/{pid}/net/{family}"):
@@ -155,7 +156,7 @@ def server_end(ours: tuple[str, int], theirs: tuple[str, int], pid: int) -> int 
             if [int(port, 16) for _, _, port in ends] == [wanted[0][1], wanted[1][1]] and [
                 _kernel_address(host) for host, _, _ in ends
             ] == [wanted[0][0], wanted[1][0]]:
-                return int(fields[9])
+                return int(fields[9]) if fields[3] in _OPEN else None
     return None
 
 
@@ -169,10 +170,11 @@ def connections(path: str, pid: int) -> list[int]:
     return [int(fields[6]) for fields in rows if fields[3] != _ACCEPTING and fields[7] in bound]
 
 
-def holders(inodes: Collection[int]) -> frozenset[int]:
-    """Pids of all processes that hold one of these sockets, as far as we may look into them."""
+def holders(inodes: Collection[int], among: Collection[int] | None = None) -> frozenset[int]:
+    """Pids of the processes, all or `among` some, that hold one of these sockets, as far as we may look into them."""
     links = {f"socket:[{inode}]" for inode in inodes}
-    return frozenset(pid for pid in psutil.pids() if _holds(pid, links)) if links else frozenset()
+    pids = psutil.pids() if among is None else among
+    return frozenset(pid for pid in pids if _holds(pid, links)) if links else frozenset()
 
 
 def _holds(pid: int, links: set[str]) -> bool:

@@ -100,9 +100,8 @@ def _accepted(endpoint: Endpoint, sock: socket.socket, pid: int, before: Collect
 
 def _whose(inode: int, old: Master, new: Master) -> bool | None:
     """Whether a worker of the new master holds this socket; None where one of the old master's does, or nobody."""
-    holders, processes = procfs.holders({inode}), procfs.table()
-    if holders & {pid for pid, _ in gunicorn.workers(new.pid, processes)}:
+    processes = procfs.table()
+    if procfs.holders({inode}, {pid for pid, _ in gunicorn.workers(new.pid, processes)}):
         return True
-    olds = {pid for pid, _ in old.workers}
-    theirs = [pid for pid in holders if pid in olds or procfs.within(pid, old.pid, processes)]
-    return None if theirs or not holders else False
+    olds = {pid for pid, _ in old.workers} | {pid for pid in processes if procfs.within(pid, old.pid, processes)}
+    return None if procfs.holders({inode}, olds) or not procfs.holders({inode}) else False

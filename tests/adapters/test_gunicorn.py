@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -355,25 +354,6 @@ async def test_a_started_master_outlives_the_daemon(gunicorns):
     await Processes().terminate(master, BY_SOCKET)
     assert await Processes().wait_exit(master, 15)
     assert not gunicorns.alive()
-
-
-# 27 is what all the tests above run. 20.1 still asks setuptools for pkg_resources, and the last uvicorn-worker for it
-# needs an older uvicorn.
-OLDER = ("20.1.0", "21.2.0", "22.0.0", "23.0.0", "24.1.1", "25.3.0", "26.2.0")
-
-
-@pytest.fixture(scope="session", params=OLDER)
-def older_python(request, tmp_path_factory) -> str:
-    """A Python of its own for this version of gunicorn."""
-    home = tmp_path_factory.mktemp(f"gunicorn-{request.param}")
-    python = str(home / "bin" / "python")
-    uvicorn = ["uvicorn==0.54.0", "uvicorn-worker==0.4.0"]
-    if request.param == "20.1.0":
-        uvicorn = ["uvicorn==0.35.0", "uvicorn-worker==0.3.0", "setuptools<81"]
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
-    subprocess.run([*pip, f"gunicorn=={request.param}", *uvicorn], check=True)
-    return python
 
 
 @pytest.mark.slow
