@@ -180,14 +180,18 @@ class Processes:
     async def upgrade(self, server: Server, master: Master, policy: ProcessPolicy, trial: Trial) -> Master:
         """USR2; the new master once it listens and its workers pass their trial. One that does not get so far is ended.
 
-        After a crash the new master that is there already is waited for.
+        After a crash the new master that is there already is waited for. Where the old one has ended meanwhile the new
+        one is left: there would be nothing else.
         """
+        new: Master | None = None
         with _seeing(master):
             try:
                 new = await arbiter.upgrade(server, master, policy.start_timeout)
                 await passed(server, master, new, trial)
             except ProcessError:
-                if failed := await arbiter.successor(master):
+                failed = new or await arbiter.successor(master)
+                beside = await asyncio.to_thread(is_alive, (master.pid, master.created))
+                if failed and beside:
                     await self.terminate(failed, policy)
                     await self.wait_exit(failed, policy.margin)
                     await self.kill(failed, policy)

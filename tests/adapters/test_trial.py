@@ -130,10 +130,10 @@ async def test_a_new_master_that_ends_on_trial_is_no_success(gunicorns, processe
         raise ConnectionResetError
 
     monkeypatch.setattr(trial, "ask", kill)
-    _, error = await upgraded_to(version, gunicorns, processes, server, limit=20.0)
+    old, error = await upgraded_to(version, gunicorns, processes, server, UVICORN, limit=20.0)
     assert isinstance(error, ProcessError), error
     assert error.message.endswith("has ended")
-    await eventually(lambda: len(gunicorns.alive()) == 3, "the end of its workers")
+    assert gunicorns.alive() == {old.pid, *(pid for pid, _ in old.workers)}, "its workers are ended, too"
     assert await get(server) == "200 done"
 
 
