@@ -48,6 +48,15 @@ def rollouts() -> Iterator[Row]:
         yield Row(f"failed requests, {worker} workers", measured, "0", row.failed == 0 and row.reloads == 0)
 
 
+def reloading_rollouts() -> Iterator[Row]:
+    """The same rollout on the reload plane: what its reloads cost clients that keep their connections."""
+    for one_shot, clients in ((1.0, "one-shot"), (0.0, "keep-alive")):
+        row = rollout.measure("gthread", 10_000, 1, 200.0, "reload", one_shot)
+        measured = f"{row.failed} of {row.requests:,} in {row.rollouts} rollouts with {row.reloads} reloads"
+        what = f"failed requests, gthread workers, reload plane, {clients} clients"
+        yield Row(what, measured, "0" if one_shot else "", row.failed == 0 if one_shot else None)
+
+
 def processor_time() -> Iterator[Row]:
     """nginx worker CPU for each request, beside native nginx and HAProxy."""
     for servers, limit in ((4, 1.10), (1000, 1.15)):
@@ -152,6 +161,7 @@ def reloads() -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "rollouts": rollouts,
+    "reloading-rollouts": reloading_rollouts,
     "cpu": processor_time,
     "drains": draining,
     "ramps": ramps,

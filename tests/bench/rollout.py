@@ -17,11 +17,12 @@ from controller.demo.stage import UPSTREAM, WORKERS, Load, Stage
 
 WARM_UP = 3.0
 PATIENCE = 300.0
+_RELOAD = ", reconfiguring"  # what nginx logs when it reads its configuration again
 
 
 @dataclass(frozen=True)
 class Row:
-    """One worker class: what was sent through how many rollouts, and what failed, by kind."""
+    """One worker class: what was sent through how many rollouts, what failed, by kind, and how often nginx reloaded."""
 
     worker: str
     rollouts: int
@@ -51,17 +52,28 @@ def roll(stage: Stage, load: Load) -> None:
         raise RuntimeError(f"change {change} is {record['status']}: {record['error']}")
 
 
-def measure(worker: str, requests: int = 50_000, rollouts: int = 3, rate: float = 600.0) -> Row:
-    """Roll one worker class, at least `rollouts` times and until `requests` have ended, at `rate` a second."""
-    with Stage(worker, warm_up=WARM_UP) as stage:
-        workers = stage.nginx_workers()
-        load = stage.load(rate)
+def measure(
+    worker: str,
+    requests: int = 50_000,
+    rollouts: int = 3,
+    rate: float = 600.0,
+    data_plane: str = "lua",
+    one_shot: float = 0.5,
+) -> Row:
+    """Roll one worker class, at least `rollouts` times and until `requests` have ended, at `rate` a second.
+
+    `one_shot` is the share of the requests with a connection of their own; the others are sent over kept ones.
+    """
+    with Stage(worker, warm_up=WARM_UP, data_plane=data_plane) as stage:
+        log = stage.prefix / "nginx.log"
+        before = log.read_text().count(_RELOAD)
+        load = stage.load(rate, "--one-shot", str(one_shot))
         done = 0
         while done < rollouts or load.ticks[-1]["requests"] < requests:
             roll(stage, load)
             done += 1
         summary = load.finish()
-        reloads = int(stage.nginx_workers() != workers)
+        reloads = log.read_text().count(_RELOAD) - before
     return Row(worker, done, summary["seconds"], summary["requests"], summary["failures"], summary["examples"], reloads)
 
 
@@ -85,7 +97,7 @@ def line(row: Row) -> str:
     kinds = ", ".join(f"{kind} {count}" for kind, count in row.failures.items()) or "of any kind"
     return (
         f"{row.worker:<9}{row.requests:>8,} requests  {row.failed:>4,} failed ({kinds})  "
-        f"{row.rollouts} rollouts in {row.seconds:.0f} s  nginx {'kept its workers' if not row.reloads else 'RELOADED'}"
+        f"{row.rollouts} rollouts in {row.seconds:.0f} s  nginx reloaded {row.reloads} times"
     )
 
 

@@ -8,8 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from controller.core.quantise import STEPS
 from controller.demo.stage import UPSTREAM, Stage, free_ports, until
 from tests.e2e.test_faults import command, who
+
+
+def reloads_of(stage: Stage) -> int:
+    """How often nginx has read its configuration again."""
+    return (stage.prefix / "nginx.log").read_text().count(", reconfiguring")
 
 
 @pytest.mark.timeout(300)
@@ -18,7 +24,7 @@ def test_a_rollout_by_reloads_loses_no_request_of_one_shot_clients_and_leaves_th
         conf = stage.prefix / "nginx.conf"
         written = conf.read_bytes()
         before = {address: stage.master(address) for address in stage.addresses}
-        workers = stage.nginx_workers()
+        workers, reloads = stage.nginx_workers(), reloads_of(stage)
         load = stage.load(60, "--mix", "fast=9,echo=1,slow=0.1", "--one-shot", "1")
         change = stage.client.begin_change("rollout", UPSTREAM)
         log = stage.prefix / "headgate.log"
@@ -33,6 +39,8 @@ def test_a_rollout_by_reloads_loses_no_request_of_one_shot_clients_and_leaves_th
         until(
             lambda: conf.read_bytes() == written, "the last ramp's end, with the file as its author wrote it", 30, log
         )
+        # For each server: one without it, one that lets it in again, and one for each stair above the first.
+        assert reloads_of(stage) - reloads <= len(stage.addresses) * (2 + STEPS)
         assert "files have changed" not in log.read_text(), "our own writes are no news"
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,6 +23,13 @@ def stage() -> Iterator[Stage]:
 def wait(stage: Stage, what: str, done: object) -> None:
     assert callable(done)
     until(done, what, 20, stage.prefix / "headgate.log")
+
+
+def readyz(stage: Stage) -> tuple[int, dict[str, Any]]:
+    """What /readyz answers."""
+    words = ["curl", "-s", "-w", "\n%{http_code}", "--unix-socket", str(stage.prefix / "api.sock"), "http://x/readyz"]
+    body, code = subprocess.run(words, capture_output=True, text=True, check=True).stdout.rsplit("\n", 1)
+    return int(code), json.loads(body)
 
 
 def keys(stage: Stage) -> list[str]:
@@ -52,10 +63,17 @@ def test_a_broken_edit_is_shown_and_a_mended_one_taken_up_without_a_command(stag
     with traffic(stage):
         conf.write_text(good.replace("upstream app {", "upstream app {\n        nonsense {"))
         wait(stage, "the error", lambda: stage.client.status()["config"]["state"] != "ok")
-        assert "nginx.conf:" in stage.client.status()["config"]["error"]
+        error = stage.client.status()["config"]["error"]
+        assert re.search(r"nginx\.conf:\d+", error)
+        code, answer = readyz(stage)
+        assert code == 503
+        assert error in answer["error"]["message"]
+        told = [each for each in stage.client.events() if each["kind"] == "config"]
+        assert any(error in json.dumps(each, ensure_ascii=False).replace('\\"', '"') for each in told), told
         assert keys(stage) == stage.addresses
         conf.write_text(good)
         wait(stage, "the mended file", lambda: stage.client.status()["config"]["state"] == "ok")
+        wait(stage, "readiness", lambda: readyz(stage)[0] == 200)
 
 
 def test_a_rule_is_switched_while_everything_runs(stage: Stage) -> None:
