@@ -73,6 +73,7 @@ class Store(Table):
     url: StoreUrl = "sqlite:////var/lib/headgate/state.db"
     keep_events: Annotated[int, Field(ge=1000)] = 50_000
     keep_traffic: Annotated[Duration, Field(ge=60)] = 86400.0
+    keep_changes: Annotated[int, Field(ge=100)] = 10_000
 
 
 class Log(Table):

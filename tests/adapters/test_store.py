@@ -227,6 +227,24 @@ async def test_only_the_newest_events_stay_and_no_id_comes_twice(path: Path) -> 
     await store.close()
 
 
+async def test_only_the_newest_changes_stay_with_their_steps_and_all_that_are_not_finished(path: Path) -> None:
+    store = SqliteStore(f"sqlite:///{path}", keep_changes=3)
+    done = replace(CHANGE, status=ChangeStatus.DONE, ended=99.0)
+    await store.save(delta(next_change=6, changes={n: replace(done, id=n) for n in (1, 3, 4, 5)}))
+    await store.save(delta(next_change=6, changes={2: replace(CHANGE, id=2)}))
+    assert [record.id for record in await store.changes()] == [5, 4, 3, 2]
+    await store.save(delta(next_change=8, changes={6: replace(CHANGE, id=6), 7: replace(done, id=7)}))
+    assert [record.id for record in await store.changes()] == [7, 6, 5, 2]
+    assert await store.change(4) is None
+    found = [await store.change(number) for number in (2, 5)]
+    assert [len(record.steps) for record in found if record] == [3, 3]
+    await store.save(delta(next_change=8, changes={2: replace(done, id=2)}))
+    assert [record.id for record in await store.changes()] == [7, 6, 5]
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert {change for (change,) in db.execute("SELECT change FROM step")} == {5, 6, 7}
+
+
 async def test_a_failed_save_writes_nothing_of_it(store: SqliteStore) -> None:
     await store.save(delta(peers={("app", "a:1"): PEER}))
     broken = Note("kind", None)  # type: ignore[arg-type]

@@ -77,26 +77,31 @@ _EVENTS_BETWEEN = """
         SELECT * FROM event WHERE upstream = ? AND at >= ? AND at < ? AND kind <> 'step' ORDER BY at DESC LIMIT ?
     ) ORDER BY id
 """
+_OLD_CHANGES = "SELECT id FROM change WHERE id < ? AND document IS NULL"
 _CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome"
 
 
 class SqliteStore:
     """`ports.Store` on a SQLite file; `url` is `sqlite:////absolute/path`.
 
-    The newest `keep_events` events stay, and what servers got in the last `keep_traffic` seconds. A damaged file is
+    The newest `keep_events` events stay, the newest `keep_changes` changes with their steps and all that are not
+    finished, and what servers got in the last `keep_traffic` seconds. A damaged file is
     kept aside at the first call, as `<path>.corrupt-N`, and a new one begins; `load` says so.
 
     Nothing is opened before the first call; directory (0750) and file (0640) are created where they are missing.
     The file `<path>.lock` is held until `close`; a second daemon's first call raises StoreError.
     """
 
-    def __init__(self, url: str, keep_events: int = 50_000, keep_traffic: float = 86400.0) -> None:
+    def __init__(
+        self, url: str, keep_events: int = 50_000, keep_traffic: float = 86400.0, keep_changes: int = 10_000
+    ) -> None:
         path = url.removeprefix(_PREFIX)
         if not url.startswith(_PREFIX) or not path.startswith("/") or path.endswith("/"):
             raise StoreError(f"store.url {url!r} is not a SQLite file", "write sqlite:////absolute/path/state.db")
         self.path = Path(path)
         self._keep_events = keep_events
         self._keep_traffic = keep_traffic
+        self._keep_changes = keep_changes
         self._pruned = 0.0
         self._lost = ""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -310,6 +315,10 @@ class SqliteStore:
                     db.execute("INSERT OR REPLACE INTO peer VALUES (?, ?, ?)", (*key, _encode(peer)))
             for change in delta.changes.values():
                 self._save_change(db, change, delta)
+            if any(change.status.ended for change in delta.changes.values()):
+                old = delta.next_change - self._keep_changes  # they are numbered without a gap
+                db.execute(f"DELETE FROM step WHERE change IN ({_OLD_CHANGES})", (old,))
+                db.execute(f"DELETE FROM change WHERE id IN ({_OLD_CHANGES})", (old,))
             records = []
             for note in delta.notes:
                 values = (delta.wall, note.kind, note.text, note.upstream, note.server, note.change)
