@@ -166,6 +166,7 @@ class Load:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         self._partial = b""
+        self.pid = self._process.pid
         self.ticks: list[dict[str, Any]] = []
         self.summary: dict[str, Any] | None = None
 

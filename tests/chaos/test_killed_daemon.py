@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ def masters(stage: Stage, address: str) -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        parent = process.parent()
-        is_master = "gunicorn" in line and address in line and (parent is None or line != parent.cmdline())
-        if is_master and any(str(stage.prefix) in part for part in line):
-            found.append(process.pid)
+        if "--bind" not in line or address not in line or not any(str(stage.prefix) in part for part in line):
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = process.parent()
+            if parent is None or line != parent.cmdline():
+                found.append(process.pid)
     return found
 
 
