@@ -93,7 +93,7 @@ def changes(answer: Iterable[Json]) -> Table:
 
 
 def steps(change: Json) -> RenderableType:
-    """What a change did, step by step, and how it ended."""
+    """What a change did, step by step, how it ended, and within what bounds it went."""
     table = _table("SERVER", "STEP", "STATE", "BEGAN", ("TOOK", "right"), "DETAIL")
     shown = (step for step in _by_server(change) if step["state"] != "skipped")
     for server, rows in groupby(shown, lambda step: step["server"]):
@@ -103,7 +103,16 @@ def steps(change: Json) -> RenderableType:
             began = clock(step["started_at"]) if step["started_at"] else ""
             table.add_row(name, step["name"], state, began, _took(step, "started_at"), step["detail"])
             name = ""
-    return Group(table, Text(), sentence(change), *_compared(change))
+    return Group(table, Text(), sentence(change), *_bounds(change), *_compared(change))
+
+
+def _bounds(change: Json) -> Iterator[Text]:
+    """How many servers at once, how many away and how many workers were asked for, where any of it was."""
+    said = [f"batch {change['batch']}"] if (change["batch"] or 1) > 1 else []
+    said += [f"at most {change['max_unavailable']} away"] if change["max_unavailable"] else []
+    said += [f"to {change['workers']} worker{'s' * (change['workers'] > 1)}"] if change["workers"] else []
+    if said:
+        yield Text(", ".join(said), "dim")
 
 
 def _compared(change: Json) -> Iterator[RenderableType]:

@@ -390,7 +390,11 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChangeRecord:
-    """A change with times for people (seconds since the epoch); what was planned, and, after its end, what it did."""
+    """A change with times for people (seconds since the epoch); what was planned, and, after its end, what it did.
+
+    `batch`, `max_unavailable` and `workers` are those of `core.model.Change`: None where there is no limit, nothing to
+    scale, or, of a change of an earlier version, nothing recorded.
+    """
 
     id: int
     kind: str
@@ -403,6 +407,9 @@ class ChangeRecord:
     steps: tuple[StepRecord, ...] = ()
     plan: Foreseen | None = None
     outcome: Happened | None = None
+    batch: int | None = None
+    max_unavailable: int | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

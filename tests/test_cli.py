@@ -263,6 +263,15 @@ def test_without_waiting_a_change_says_how_to_follow_it(house: House) -> None:
     assert (one["kind"], one["status"]) == ("restart", "done")
 
 
+def test_a_change_shows_what_it_goes_by_where_that_was_asked_for(house: House) -> None:
+    words = ("app", "--workers", "4", "--batch", "2", "--max-unavailable", "1", "--force")
+    assert headgate(house, "scale", *words).returncode == 0
+    assert "batch 2, at most 1 away, to 4 workers" in headgate(house, "changes", "1").stdout.splitlines()
+    assert headgate(house, "restart", "app", FIRST).returncode == 0
+    shown = headgate(house, "changes", "2").stdout
+    assert not any(word in shown for word in ("batch", "away", "to 0 workers"))
+
+
 def test_ctrl_c_while_waiting_leaves_the_change_alone_and_says_so(house: House) -> None:
     house.do(house.processes.stuck.clear)
     waiting = subprocess.Popen(

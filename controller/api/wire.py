@@ -410,13 +410,17 @@ class StepView(BaseModel):
 
 
 class ChangeSummary(BaseModel):
-    """A change without its steps."""
+    """A change without its steps. `batch` servers go at once, and at most `max_unavailable` may be away (null: no
+    limit); `workers` is what a scale is to reach, otherwise null. Changes of versions before these have null."""
 
     id: int
     kind: ChangeKind
     upstream: str
     status: ChangeStatus
     forced: bool
+    batch: int | None
+    max_unavailable: int | None
+    workers: int | None
     created_at: float
     ended_at: float | None
     error: str

@@ -152,6 +152,7 @@ async def test_a_record_has_wall_times_that_do_not_move_with_the_clock(store: Sq
             StepRecord("drain", "a:1", 1, "done", 4992.0, 9004.0, ""),
             StepRecord("empty", "a:1", 1, "done", 9003.0, 9004.0, ""),
         ),
+        batch=1,
     )
     assert await store.change(4) is None
 
@@ -190,8 +191,23 @@ async def test_a_store_of_an_older_version_is_taken_over(path: Path) -> None:
     assert saved.changes == {1: Change(1, ChangeKind.RESTART, "app", (), 90.0)}
     record = await store.change(1)
     assert record is not None
-    assert (record.status, record.plan) == ("running", None)
+    assert (record.status, record.plan, record.batch) == ("running", None, None)
+    await store.save(delta(changes=saved.changes))
+    record = await store.change(1)
+    assert record is not None
+    assert (record.batch, record.max_unavailable, record.workers) == (1, None, None)
     await store.close()
+
+
+async def test_what_a_change_goes_by_stands_in_its_record_after_its_end(store: SqliteStore) -> None:
+    asked = replace(CHANGE, batch=2, max_unavailable=1, workers=4)
+    await store.save(delta(changes={3: asked, 4: replace(CHANGE, id=4)}))
+    await store.save(delta(changes={3: replace(asked, status=ChangeStatus.DONE, ended=99.0)}))
+    found = [(each.batch, each.max_unavailable, each.workers) for each in await store.changes()]
+    assert found == [(1, None, None), (2, 1, 4)]
+    record = await store.change(3)
+    assert record is not None
+    assert (record.status, record.batch, record.max_unavailable, record.workers) == ("done", 2, 1, 4)
 
 
 async def test_changes_are_listed_newest_first_in_pages(store: SqliteStore) -> None:

@@ -144,8 +144,8 @@ def fill(path: Path, events: int) -> None:
         )
         db.execute(
             f"WITH RECURSIVE n(value) AS (SELECT 1 UNION ALL SELECT value + 1 FROM n WHERE value < {events // 100})"
-            f" INSERT INTO change SELECT value, 'restart', 'app' || (value % 10), 'done', 0, {NOW}, {NOW}, '', NULL,"
-            " NULL, NULL FROM n"
+            " INSERT INTO change (id, kind, upstream, status, forced, created_at, ended_at, error)"
+            f" SELECT value, 'restart', 'app' || (value % 10), 'done', 0, {NOW}, {NOW}, '' FROM n"
         )
         db.execute(
             "INSERT INTO step SELECT id, value, 'up', 'server' || (id % 50), 0, 'done', 1.0, 2.0, ''"

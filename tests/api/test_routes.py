@@ -260,6 +260,15 @@ def test_a_long_poll_of_an_ended_change_answers_at_once(client: Client) -> None:
     assert client.change(change, 60, final["version"]) == final
 
 
+def test_a_change_says_how_many_go_at_once_may_be_away_and_workers_it_is_to_reach(client: Client) -> None:
+    number = client.begin_change("scale", "app", batch="70%", max_unavailable=1, workers=4)
+    *_, record = client.follow_change(number)
+    for shown in (record, client.changes()[0]):
+        assert [shown[name] for name in ("batch", "max_unavailable", "workers")] == [2, 1, 4]
+    *_, record = client.follow_change(client.begin_change("restart", "app", (FIRST,)))
+    assert [record[name] for name in ("batch", "max_unavailable", "workers")] == [1, None, None]
+
+
 def test_changes_are_listed_newest_first_in_pages(client: Client) -> None:
     for key in (FIRST, SECOND, THIRD):
         list(client.follow_change(client.begin_change("restart", "app", (key,))))

@@ -49,5 +49,10 @@ MIGRATIONS = (
     ALTER TABLE change ADD COLUMN outcome TEXT;
     CREATE INDEX change_unjudged ON change (id) WHERE plan IS NOT NULL AND outcome IS NULL;
     """,
+    """
+    ALTER TABLE change ADD COLUMN batch INTEGER;
+    ALTER TABLE change ADD COLUMN max_unavailable INTEGER;
+    ALTER TABLE change ADD COLUMN workers INTEGER;
+    """,
 )
 """One script a schema version; `PRAGMA user_version` says how many have been run."""

@@ -38,10 +38,12 @@ _HAPPENED = TypeAdapter(Happened)
 
 # A wall time, once recorded, stays: worked out again after the clock was set it would move.
 _SAVE_CHANGE = """
-    INSERT INTO change (id, kind, upstream, status, forced, created_at, ended_at, error, document, plan)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO change (id, kind, upstream, status, forced, created_at, ended_at, error, document, plan, batch,
+        max_unavailable, workers)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET status = excluded.status, forced = excluded.forced, error = excluded.error,
-        ended_at = COALESCE(ended_at, excluded.ended_at), document = excluded.document
+        ended_at = COALESCE(ended_at, excluded.ended_at), document = excluded.document, batch = excluded.batch,
+        max_unavailable = excluded.max_unavailable, workers = excluded.workers
 """
 _SAVE_STEP = """
     INSERT INTO step VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -78,7 +80,8 @@ _EVENTS_BETWEEN = """
     ) ORDER BY id
 """
 _OLD_CHANGES = "SELECT id FROM change WHERE id < ? AND document IS NULL"
-_CHANGE_COLUMNS = "id, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome"
+_CHANGE_COLUMNS = """id, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome,
+    batch, max_unavailable, workers"""
 
 
 class SqliteStore:
@@ -369,6 +372,7 @@ class SqliteStore:
                 *(change.id, change.kind, change.upstream, change.status, change.forced),
                 *(wall(change.created), wall(change.ended), change.error, document),
                 change.foreseen and _encode(change.foreseen),
+                *(change.batch, change.max_unavailable or None, change.workers or None),
             ),
         )
         db.executemany(
@@ -448,8 +452,8 @@ def _encode(value: Peer | Change | Foreseen | Happened) -> str:
 
 
 def _change_record(row: tuple[Any, ...], steps: tuple[StepRecord, ...] = ()) -> ChangeRecord:
-    number, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome = row
+    number, kind, upstream, status, forced, created_at, ended_at, error, plan, outcome, *asked = row
     foreseen = plan and _FORESEEN.validate_json(plan)
     happened = outcome and _HAPPENED.validate_json(outcome)
     summary = (number, kind, upstream, status, bool(forced), created_at, ended_at, error)
-    return ChangeRecord(*summary, steps, foreseen or None, happened or None)
+    return ChangeRecord(*summary, steps, foreseen or None, happened or None, *asked)
