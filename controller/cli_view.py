@@ -103,7 +103,7 @@ def steps(change: Json) -> RenderableType:
             began = clock(step["started_at"]) if step["started_at"] else ""
             table.add_row(name, step["name"], state, began, _took(step, "started_at"), step["detail"])
             name = ""
-    return Group(table, Text(), sentence(change), *_bounds(change), *_compared(change))
+    return Group(table, *_bounds(change), *_compared(change), Text(), sentence(change))
 
 
 def _bounds(change: Json) -> Iterator[Text]:
