@@ -276,10 +276,12 @@ class House:
         token: str | None = None,
         readiness: str | None = None,
         warm: bool = False,
+        keep_events: int = 50_000,
     ) -> None:
         self.directory = directory
         self.socket = directory / "run" / "api.sock"
         self._served = (listen, token, readiness, warm)
+        self._keep_events = keep_events
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="house")
 
@@ -336,7 +338,7 @@ class House:
             prober=prober,
             source=self.source,
             members=self.members,
-            store=SqliteStore(f"sqlite:///{self.directory}/state.db"),
+            store=SqliteStore(f"sqlite:///{self.directory}/state.db", self._keep_events),
             edge=self.edge,
             check_for=lambda _: Check(),
         )
