@@ -1,4 +1,5 @@
-"""A container in which real systemd is process 1, with Headgate installed from its wheel and nothing else from here."""
+"""Containers: one in which real systemd is process 1, with Headgate installed from its wheel and nothing else from
+here; and a fresh Debian 12, with what a newcomer has."""
 
 from __future__ import annotations
 
@@ -35,56 +36,29 @@ def missing() -> str:
     return ""
 
 
-def wheelhouse(directory: Path) -> Path:
-    """Headgate's wheel and those of all that it and its demo need on Debian 12."""
+def wheelhouse(directory: Path, *more: str) -> Path:
+    """Headgate's wheel and those of all that it and its demo need on Debian 12, with `more` that is named."""
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = directory.glob("headgate-*.whl")
     target = ["--python-version", "3.11", "--implementation", "cp", "--only-binary", ":all:"]
-    needs = ["--constraint", str(ROOT / "constraints.txt"), f"{wheel}[demo]"]
+    needs = ["--constraint", str(ROOT / "constraints.txt"), f"{wheel}[demo]", *more]
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *target, *needs]
     subprocess.run(fetch, check=True, capture_output=True)
     return directory
 
 
-class Container:
-    """A running container; `close` removes it."""
+class Running:
+    """A container that runs; `close` removes it."""
 
-    def __init__(self) -> None:
-        _build()
-        self._booted = (
-            ExecWaitStrategy(["sh", "-c", "systemctl is-system-running | grep -xE 'running|degraded'"])
-            .with_startup_timeout(60)
-            .with_poll_interval(0.1)
-        )
-        # What systemd needs of a container that is not privileged, and root to see what other users' processes do.
-        rights = {"cap_add": ["SYS_ADMIN", "SYS_PTRACE"], "security_opt": ["seccomp=unconfined"], "cgroupns": "host"}
-        self._container = (
-            DockerContainer(IMAGE, _CLIENT)
-            .with_kwargs(network="none", **rights)
-            .with_tmpfs_mount("/run")
-            .with_tmpfs_mount("/run/lock")
-            .with_volume_mapping("/sys/fs/cgroup", "/sys/fs/cgroup", "rw")
-            .waiting_for(self._booted)
-        )
+    def __init__(self, container: DockerContainer) -> None:
+        self._container = container
         try:
             self._container.start()
         except BaseException:
             self.close()
             raise
         self.id = self._container.get_container_id()
-
-    def install(self, wheels: Path) -> None:
-        for wheel in wheels.iterdir():
-            self.copy(wheel, f"/opt/wheels/{wheel.name}")
-        self.run("python3", "-m", "venv", "/opt/headgate")
-        install = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "/opt/wheels"]
-        self.run(*install, "headgate[demo]")
-
-    def reboot(self) -> None:
-        """Shut it down and boot it again: /run is empty then."""
-        self._container.get_wrapped_container().restart(timeout=60)
-        self._booted.wait_until_ready(self._container)
 
     def copy(self, source: Path, target: str) -> None:
         """Copy a file to a path in it, and make the directories that lead there."""
@@ -100,6 +74,57 @@ class Container:
         assert code == 0, f"{' '.join(command)}: {code}\n{output}\n{errors}"
         return output
 
+    def close(self) -> None:
+        self._container.stop()
+
+
+class Fresh(Running):
+    """Debian 12 with make and Python, and the network of this machine: packages come from Debian's servers."""
+
+    def __init__(self) -> None:
+        _build("headgate-test-fresh", "fresh.Dockerfile")
+        super().__init__(DockerContainer("headgate-test-fresh", _CLIENT).with_kwargs(network="host"))
+
+    def as_user(self, user: str, directory: str, *command: str, **environment: str) -> tuple[int, str]:
+        """Run a command as somebody; its exit code, and what it says."""
+        options = {"user": user, "workdir": directory, "environment": environment}
+        code, output = self._container.get_wrapped_container().exec_run(list(command), **options)
+        return code, output.decode()
+
+
+class Container(Running):
+    """A container with systemd."""
+
+    def __init__(self) -> None:
+        _build(IMAGE, "systemd.Dockerfile")
+        self._booted = (
+            ExecWaitStrategy(["sh", "-c", "systemctl is-system-running | grep -xE 'running|degraded'"])
+            .with_startup_timeout(60)
+            .with_poll_interval(0.1)
+        )
+        # What systemd needs of a container that is not privileged, and root to see what other users' processes do.
+        rights = {"cap_add": ["SYS_ADMIN", "SYS_PTRACE"], "security_opt": ["seccomp=unconfined"], "cgroupns": "host"}
+        super().__init__(
+            DockerContainer(IMAGE, _CLIENT)
+            .with_kwargs(network="none", **rights)
+            .with_tmpfs_mount("/run")
+            .with_tmpfs_mount("/run/lock")
+            .with_volume_mapping("/sys/fs/cgroup", "/sys/fs/cgroup", "rw")
+            .waiting_for(self._booted)
+        )
+
+    def install(self, wheels: Path) -> None:
+        for wheel in wheels.iterdir():
+            self.copy(wheel, f"/opt/wheels/{wheel.name}")
+        self.run("python3", "-m", "venv", "/opt/headgate")
+        install = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "/opt/wheels"]
+        self.run(*install, "headgate[demo]")
+
+    def reboot(self) -> None:
+        """Shut it down and boot it again: /run is empty then."""
+        self._container.get_wrapped_container().restart(timeout=60)
+        self._booted.wait_until_ready(self._container)
+
     def python(self, body: str) -> Any:
         """Run statements in an `async def` there, with Headgate's own Python; what they return, by way of JSON."""
         script = (
@@ -109,17 +134,14 @@ class Container:
         )
         return json.loads(self.run(PYTHON, "-c", script).splitlines()[-1])
 
-    def close(self) -> None:
-        self._container.stop()
 
-
-def _build() -> None:
+def _build(tag: str, dockerfile: str) -> None:
     image = DockerImage(
         ROOT / "docker",
         _CLIENT,
-        tag=IMAGE,
+        tag=tag,
         clean_up=False,
-        dockerfile_path="systemd.Dockerfile",
+        dockerfile_path=dockerfile,
         network_mode="host",
         forcerm=True,
     )
@@ -127,6 +149,6 @@ def _build() -> None:
         image.build()
     except BuildError as error:
         log = "".join(line.get("stream", "") for line in error.build_log)
-        raise AssertionError(f"{IMAGE} cannot be built: {error}\n{log}") from error
+        raise AssertionError(f"{tag} cannot be built: {error}\n{log}") from error
     finally:
         image.remove()  # Without clean_up this only closes the client; the image stays, for its layers.
