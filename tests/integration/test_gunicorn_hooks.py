@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from controller.integration.gunicorn import _address, configure
-from tests.adapters.test_gunicorn import older_python
+from tests.adapters.conftest import older_python
 from tests.integration.conftest import Daemon
 from tests.support.gunicorn import GTHREAD, SYNC, Gunicorns, eventually, free_port, get, tcp
 
