@@ -125,7 +125,9 @@ def _measured(state: State, change: Change) -> tuple[State, Change]:
 
 
 def _refuse_unknown(wish: ChangeWished, policy: Policy) -> None:
-    """Refused where headgate.toml lacks what this kind of change needs."""
+    """Refused where headgate.toml lacks what this kind of change needs, or the wish has what it does not know."""
+    if wish.workers and wish.kind is not ChangeKind.SCALE:
+        raise Refused("invalid", f"{wish.kind} leaves the number of workers as it is", "use scale, or leave it out")
     process, table_name = policy.process, f"[upstream.{wish.upstream}.process]"
     if process is None and wish.kind in WITHOUT_PROCESS:
         return

@@ -215,3 +215,11 @@ def test_what_is_not_configured_or_cannot_be_is_refused_before_anything_begins(
     with pytest.raises(Refused, match=said):
         world.wish(kind, A)
     assert world.state.changes == {}
+
+
+def test_only_a_scale_takes_a_number_of_workers() -> None:
+    """With one, a restart would leave out the drain where the master has that many."""
+    world = World().configure()
+    with pytest.raises(Refused, match="restart leaves the number of workers as it is"):
+        world.take(ChangeWished(ChangeKind.RESTART, "app", (A,), workers=4))
+    assert world.state.changes == {}
