@@ -20,6 +20,7 @@ from tests.bench import (
     edit_speed,
     faults,
     idle,
+    operations,
     plane_cpu,
     probe_cpu,
     reload_cost,
@@ -47,6 +48,15 @@ def rollouts() -> Iterator[Row]:
         kinds = "".join(f", {kind} {count}" for kind, count in row.failures.items())
         measured = f"{row.failed} of {row.requests:,} in {row.rollouts} rollouts{kinds}"
         yield Row(f"failed requests, {worker} workers", measured, "0", row.failed == 0 and row.reloads == 0)
+
+
+def operating() -> Iterator[Row]:
+    """Failed requests in every other kind of operation, over the worker classes."""
+    rows = [row for worker in operations.WORKERS for row in operations.measure(worker)]
+    for name in dict.fromkeys(row.operation for row in rows):
+        mine = [row for row in rows if row.operation == name]
+        measured = ", ".join(f"{row.worker} {row.failed} of {row.requests:,}" for row in mine)
+        yield Row(f"failed requests, {name}", measured, "0", not any(row.failed for row in mine))
 
 
 def reloading_rollouts() -> Iterator[Row]:
@@ -170,6 +180,7 @@ def reloads() -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "rollouts": rollouts,
+    "operations": operating,
     "reloading-rollouts": reloading_rollouts,
     "cpu": processor_time,
     "drains": draining,

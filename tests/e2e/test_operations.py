@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
 import pytest
 
 from controller.demo.stage import UPSTREAM, Stage, free_ports, until
-
-# The end of the stage's [upstream.app.process]: the commands write down that they ran, and fail where a file says so.
-DEPLOY = """
-deploy = ["sh", "-c", "echo deploy {port} >> deployed; test ! -e broken-{port}"]
-roll_back = ["sh", "-c", "echo back {port} >> deployed; rm -f broken-{port}"]
-deploy_timeout = "10s"
-"""
+from tests.support.operations import DEPLOY, under_load
 
 
 @pytest.fixture(
@@ -29,21 +21,12 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         yield built
 
 
-def under_load(stage: Stage, *words: str, servers: int = 3) -> dict[str, Any]:
+def unharmed(stage: Stage, *words: str, servers: int = 3) -> Mapping[str, Any]:
     """The change that a command makes, during which no request may fail; afterwards so many servers serve."""
-    load = stage.load(60)
-    until(lambda: bool(load.read() or load.ticks), "traffic", 20, stage.prefix / "load.log")
-    done = subprocess.run(
-        [sys.executable, "-m", "controller", "--config", str(stage.settings), *words],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    until(lambda: bool(load.read()) and load.ticks[-1]["requests"] > 100, "traffic", 20, stage.prefix / "load.log")
-    summary = load.finish()
-    assert summary["failures"] == {}, summary
-    record = stage.client.change(stage.client.changes()[0]["id"])
-    assert done.returncode == (record["status"] != "done"), done.stdout + done.stderr
-    assert [s["effective_weight"] > 0 for s in stage.client.upstream(UPSTREAM)["servers"]] == [True] * servers
-    return record
+    ran = under_load(stage, *words)
+    assert ran.summary["failures"] == {}, ran.summary
+    assert ran.serves == (True,) * servers
+    return ran.record
 
 
 def workers(stage: Stage, address: str) -> set[int]:
@@ -52,7 +35,7 @@ def workers(stage: Stage, address: str) -> set[int]:
     return {child.pid for child in psutil.Process(master).children()}
 
 
-def ended(record: dict[str, Any], server: str) -> list[str]:
+def ended(record: Mapping[str, Any], server: str) -> list[str]:
     return [s["name"] for s in record["steps"] if s["server"] == server and s["state"] == "done"]
 
 
@@ -60,7 +43,7 @@ def ended(record: dict[str, Any], server: str) -> list[str]:
 def test_a_reload_replaces_all_workers_and_keeps_the_masters(stage: Stage) -> None:
     masters = [stage.master(address) for address in stage.addresses]
     old = [workers(stage, address) for address in stage.addresses]
-    assert under_load(stage, "reload", UPSTREAM)["status"] == "done"
+    assert unharmed(stage, "reload", UPSTREAM)["status"] == "done"
     assert [stage.master(address) for address in stage.addresses] == masters
     for address, before in zip(stage.addresses, old, strict=True):
         assert not workers(stage, address) & before
@@ -69,7 +52,7 @@ def test_a_reload_replaces_all_workers_and_keeps_the_masters(stage: Stage) -> No
 @pytest.mark.timeout(300)
 def test_an_upgrade_replaces_the_masters(stage: Stage) -> None:
     old = [stage.master(address) for address in stage.addresses]
-    assert under_load(stage, "upgrade", UPSTREAM)["status"] == "done"
+    assert unharmed(stage, "upgrade", UPSTREAM)["status"] == "done"
     until(
         lambda: all(stage.master(a) not in (None, *old) for a in stage.addresses), "the pid files", 10,
         stage.prefix / "headgate.log",
@@ -81,7 +64,7 @@ def test_a_deploy_runs_its_command_between_stop_and_start_and_what_fails_is_roll
     first, second, third = stage.addresses
     port = second.rpartition(":")[2]
     (stage.prefix / f"broken-{port}").touch()
-    record = under_load(stage, "deploy", UPSTREAM)
+    record = unharmed(stage, "deploy", UPSTREAM)
     assert record["status"] == "failed"
     assert record["error"].startswith(f"{second}: deploy: `sh -c ")
     assert record["error"].endswith("; rolled back")
@@ -92,7 +75,7 @@ def test_a_deploy_runs_its_command_between_stop_and_start_and_what_fails_is_roll
     log = stage.prefix / "deployed"
     assert log.read_text().splitlines() == [f"deploy {ports[0]}", f"deploy {ports[1]}", f"back {ports[1]}"]
     log.unlink()
-    assert under_load(stage, "roll-back", UPSTREAM, first)["status"] == "done"
+    assert unharmed(stage, "roll-back", UPSTREAM, first)["status"] == "done"
     assert log.read_text() == f"back {ports[0]}\n"
     log.unlink()
 
@@ -101,7 +84,7 @@ def test_a_deploy_runs_its_command_between_stop_and_start_and_what_fails_is_roll
 def test_masters_are_scaled_out_and_in(stage: Stage) -> None:
     before = len(workers(stage, stage.addresses[0]))
     for count in (before + 2, before):
-        assert under_load(stage, "scale", UPSTREAM, stage.addresses[0], "--workers", str(count))["status"] == "done"
+        assert unharmed(stage, "scale", UPSTREAM, stage.addresses[0], "--workers", str(count))["status"] == "done"
         assert len(workers(stage, stage.addresses[0])) == count
 
 
@@ -110,12 +93,12 @@ def test_servers_are_added_and_removed_with_their_lines_and_processes(stage: Sta
     conf = stage.prefix / "nginx.conf"
     before, workers_before = conf.read_bytes(), stage.nginx_workers()
     new = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    record = under_load(stage, "scale-out", UPSTREAM, *new, servers=5)
+    record = unharmed(stage, "scale-out", UPSTREAM, *new, servers=5)
     assert record["status"] == "done", record["error"]
     masters = [stage.master(address) for address in new]
     assert all(master and psutil.pid_exists(master) for master in masters)
     assert all(f"server {address};".encode() in conf.read_bytes() for address in new)
-    record = under_load(stage, "scale-in", UPSTREAM, *new, "--batch", "1")
+    record = unharmed(stage, "scale-in", UPSTREAM, *new, "--batch", "1")
     assert record["status"] == "done", record["error"]
     assert [ended(record, address)[-1] for address in new] == ["remove", "remove"]
     assert not any(master and psutil.pid_exists(master) for master in masters)
