@@ -387,11 +387,14 @@ class _World:
                 self._later(left, PeerSeen(each.upstream, running.server, _NEWEST, 0))
         for server in self._group.upstream.servers:
             warm = self._group.peers[server.key].warm_up
-            if warm.phase is Warmth.WAITING and (-1, warm.epoch) not in self._asked and self._observed.rate != 0:
+            if warm.phase is Warmth.WAITING and (-1, warm.epoch) not in self._asked:
                 self._asked.add((-1, warm.epoch))
                 rate = (self._observed.rate or 0.0) * self._shares().get(server.key, 0.0)
                 first = PeerSeen(self._wish.upstream, server.key, _NEWEST, 0, warm.epoch, 0.0, True)
-                self._later(1 / rate if rate else 0.0, first)
+                wait = 1 / rate if rate else 0.0
+                # Nobody waits longer than the ramp lasts. What is foreseen is then how it goes if requests do come: a
+                # ramp that never began would make the others' shares, of next to nothing, too large for any batch.
+                self._later(wait if wait <= self._policy.warm_up.duration else 0.0, first)
 
     def _running(self) -> Iterator[tuple[Change, int, Step]]:
         for each in change.running(self._state):

@@ -84,6 +84,17 @@ def test_the_last_requests_and_the_first_one_take_their_time() -> None:
     assert silent.duration == pytest.approx(EACH + 4, abs=0.1), "no request comes in the ramp's time"
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_without_traffic_the_plan_is_the_one_for_traffic_that_comes(rate: float) -> None:
+    world = up(upstream(policy=replace(POLICY, warm_up=WarmUpPolicy(duration=10.0, starts="first-request"))))
+    silent = replace(QUIET, rate=rate)
+    made = foreseen(world, rollout(), silent)
+    assert (made.load, made.duration) == (pytest.approx(1.5), pytest.approx(3 * EACH, abs=0.01))
+    assert not any("max_load" in warning for warning in plan.warnings(made, POLICY, silent))
+    advised = plan.advise(world.state, rollout(), silent, world.now)
+    assert (advised.plan.batch, advised.safe) == (1, True)
+
+
 def test_a_server_that_is_away_already_counts() -> None:
     world = up(upstream())
     world.admin(C, Admin.MAINT)
