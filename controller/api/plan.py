@@ -218,7 +218,7 @@ def _wish(
             kind=kind,
             upstream=group.upstream.name,
             servers=list(servers),
-            batch=_number(batch) or None,
+            batch=_number(batch) if batch else None,
             force=force,
             max_unavailable=None if max_unavailable is None else _number(max_unavailable),
             workers=workers,
