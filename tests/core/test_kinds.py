@@ -75,7 +75,7 @@ def test_the_old_master_is_ended_and_the_new_one_is_watched() -> None:
 @pytest.mark.parametrize("kind", [ChangeKind.UPGRADE, ChangeKind.SCALE])
 def test_where_it_fails_the_server_serves_on_as_before(kind: ChangeKind) -> None:
     world = World().configure()
-    wish = replace(SCALE_IN, kind=kind)
+    wish = replace(SCALE_IN, kind=kind, workers=int(kind is ChangeKind.SCALE))
     outcome = world.take(wish)
     number = outcome.change or 0
     job = world.jobs.pop()
@@ -91,7 +91,7 @@ def test_where_it_fails_the_server_serves_on_as_before(kind: ChangeKind) -> None
 @pytest.mark.parametrize("kind", [ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind.SCALE])
 def test_what_does_not_run_is_said_before_traffic_is_touched(kind: ChangeKind) -> None:
     world = World().configure()
-    number = world.take(replace(SCALE_IN, kind=kind)).change or 0
+    number = world.take(replace(SCALE_IN, kind=kind, workers=int(kind is ChangeKind.SCALE))).change or 0
     world.take(StepDone(number, 0, "no process is running"))
     assert world.change(number).error == f"{A}: find: no process is running (start it instead)"
     assert world.peer(A).admin is Admin.READY

@@ -231,7 +231,7 @@ BATCHED = [ChangeKind.ROLLOUT, ChangeKind.RELOAD, ChangeKind.UPGRADE, ChangeKind
 @pytest.mark.parametrize("kind", [*BATCHED, ChangeKind.SCALE, ChangeKind.RESTART])
 def test_the_guard_refuses_above_the_limit_unless_forced(kind: ChangeKind) -> None:
     commands = replace(POLICY, process=ProcessPolicy(deploy=("new",), roll_back=("old",)))
-    wish = ChangeWished(kind, "app", batch=2, workers=1)
+    wish = ChangeWished(kind, "app", batch=2, workers=int(kind is ChangeKind.SCALE))
     with pytest.raises(Refused, match=r"3\.00 times its usual share, and max_load is 2") as caught:
         up(upstream(policy=commands)).take(wish)
     assert caught.value.code == "guard"

@@ -191,9 +191,10 @@ def test_servers_of_one_batch_are_first_brought_to_where_they_can_be_taken_back(
     ],
 )
 def test_what_cannot_be_rolled_back_is_refused_at_the_wish(kind: ChangeKind, policy: Policy, said: str) -> None:
+    workers = int(kind is ChangeKind.SCALE)
     with pytest.raises(Refused, match=said):
-        begin(kind, policy, servers=(A,), workers=1, roll_back=True)
-    world = begin(kind, policy, servers=(A,), workers=1)
+        begin(kind, policy, servers=(A,), workers=workers, roll_back=True)
+    world = begin(kind, policy, servers=(A,), workers=workers)
     with pytest.raises(Refused, match=said):
         world.take(SteerWished(1, Steer.ROLL_BACK))
     assert world.change(1).status is ChangeStatus.RUNNING
