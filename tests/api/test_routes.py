@@ -60,6 +60,7 @@ def test_status_has_the_shape_of_the_design(client: Client) -> None:
         "warm_up": {"phase": "none", "elapsed": 0.0, "duration": 0.0, "share": 1.0, "why": ""},
         "quarantine": [],
         "ejected": None,
+        "held": None,
         "agent": None,
         "in_flight": 0,
         "requests": 100,

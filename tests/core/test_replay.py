@@ -55,7 +55,8 @@ from controller.core.step import step
 from controller.ports import Delta, Saved
 from controller.record import between
 from tests.core.test_invariants import HISTORIES, SUSPECTING, Counted
-from tests.core.world import POLICY, A, B, C, World, upstream
+from tests.core.test_scaling import D, E, Editing
+from tests.core.world import POLICY, A, B, C, upstream
 
 CALLED = (Hook(command=("true",)),)
 #: Every step that there is, and no warm-up, which goes on while the daemon is away.
@@ -113,12 +114,15 @@ class Life:
         self.jobs: list[RunStep] = []
 
     def find(self, living: State) -> None:
-        """See nginx and nginx.conf, which are as the life that ended saw them last."""
+        """See nginx and nginx.conf, which are as the life that ended saw them last; nginx follows this one as it did
+        that one."""
         if living.plane.boot:
             self.take(PlaneSeen(living.plane.boot, living.plane.revision))
         if living.plane.error:
             self.take(PlaneLost(living.plane.error))
         self.take(ConfigRead(tuple(group.upstream for group in living.groups.values())))
+        if not living.plane.error and living.plane.revision >= living.revision:
+            self.take(PlaneSeen(living.plane.boot, self.state.revision))
 
     def take(self, event: Event) -> None:
         if isinstance(event, StepDone | StepFailed):
@@ -226,10 +230,12 @@ def same(history: Journal, middle: int, away: float = 0.0) -> None:
 @functools.cache
 def journal(kind: ChangeKind, course: Course, warming: bool) -> Journal:
     """All that happens while two servers go through such a change, one after the other."""
-    world = World(in_flight={A: 1}, requests={A: 5}).configure(upstream(policy=WARMING if warming else EVERYTHING))
+    world = Editing(in_flight={A: 1}, requests={A: 5})
+    world.configure(upstream(policy=WARMING if warming else EVERYTHING))
     for server in world.state.groups["app"].upstream.servers:
         world.probe(server.key, times=2)
-    number = world.take(ChangeWished(kind, "app", (A, B), workers=3 * (kind is ChangeKind.SCALE))).change
+    servers = (D, E) if kind is ChangeKind.SCALE_OUT else (A, B)
+    number = world.take(ChangeWished(kind, "app", servers, workers=3 * (kind is ChangeKind.SCALE))).change
     assert number is not None
     world.acknowledge()
     at, wish = course
