@@ -36,6 +36,7 @@ def post_worker_init(worker):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_deploy_of_a_version_that_answers_500_stops_at_the_first_server_and_is_rolled_back() -> None:
     with Stage("gthread", warm_up=60.0, settings=SETTINGS) as stage:

@@ -39,6 +39,7 @@ def ended(record: Mapping[str, Any], server: str) -> list[str]:
     return [s["name"] for s in record["steps"] if s["server"] == server and s["state"] == "done"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_reload_replaces_all_workers_and_keeps_the_masters(stage: Stage) -> None:
     masters = [stage.master(address) for address in stage.addresses]
@@ -49,6 +50,7 @@ def test_a_reload_replaces_all_workers_and_keeps_the_masters(stage: Stage) -> No
         assert not workers(stage, address) & before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_upgrade_replaces_the_masters(stage: Stage) -> None:
     old = [stage.master(address) for address in stage.addresses]
@@ -80,6 +82,7 @@ def test_a_deploy_runs_its_command_between_stop_and_start_and_what_fails_is_roll
     log.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_masters_are_scaled_out_and_in(stage: Stage) -> None:
     before = len(workers(stage, stage.addresses[0]))

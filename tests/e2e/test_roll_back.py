@@ -99,6 +99,7 @@ def ask(address: str, path: str) -> int:
         return connection.getresponse().status
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_deploy_whose_second_server_errs_is_rolled_back_on_both_and_no_request_fails(stage: Stage) -> None:
     first, second, third = stage.addresses

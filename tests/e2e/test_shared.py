@@ -50,7 +50,7 @@ def api(stage: Stage) -> Stage:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["rollout", "reload"])
+@pytest.mark.parametrize("kind", ["rollout", pytest.param("reload", marks=pytest.mark.slow)])
 def test_a_change_through_one_upstream_loses_no_request_of_the_other(stage: Stage, api: Stage, kind: str) -> None:
     loads = [stage.load(40), api.load(40)]
     log = stage.prefix / "load.log"
