@@ -60,44 +60,26 @@ _OF_SERVERS = {
     "deploy": "Restart each server with the configured deploy command between stop and start; rolls back what fails.",
 }
 
+_OF_NAMED = {
+    "stop": "Drain servers, then stop their processes.",
+    "start": "Start the processes of servers and wait until they are up and warm.",
+    "scale-in": "Take servers out of an upstream for good: the traffic, their processes, their lines in nginx.conf.",
+}
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     verbs: list[Callable[..., None]] = [
-        *(stop, start, restart, reset, rollout, scale, scale_out, scale_in),
+        *(restart, reset, rollout, scale, scale_out),
         *(pause, resume, abort),
     ]
     for verb in verbs:
         app.command(verb.__name__.replace("_", "-"))(verb)
+    for kind, summary in _OF_NAMED.items():
+        app.command(kind)(_of_named(kind, summary))
     for kind, summary in _OF_SERVERS.items():
         app.command(kind)(_of_servers(kind, summary))
     app.command("roll-back")(roll_back)
-
-
-def stop(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _SomeServers,
-    batch: _BatchOfAll = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Drain servers, then stop their processes."""
-    _begin(context, "stop", upstream, servers, batch, force=force, queue=queue, wait=wait)
-
-
-def start(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _SomeServers,
-    batch: _BatchOfAll = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Start the processes of servers and wait until they are up and warm."""
-    _begin(context, "start", upstream, servers, batch, force=force, queue=queue, wait=wait)
 
 
 def restart(
@@ -133,6 +115,24 @@ def rollout(
     servers: list[str] = []
     words = (context, "rollout", upstream, servers, batch, max_unavailable)
     _begin(*words, force=force, queue=queue, wait=wait, roll_back=roll_back)
+
+
+def _of_named(kind: str, summary: str) -> Callable[..., None]:
+    """A verb that begins a change of this kind, of the servers that are named."""
+
+    def verb(
+        context: typer.Context,
+        upstream: _Upstream,
+        servers: _SomeServers,
+        batch: _BatchOfAll = None,
+        force: _Force = False,
+        queue: _Queue = False,
+        wait: _Wait = True,
+    ) -> None:
+        _begin(context, kind, upstream, servers, batch, force=force, queue=queue, wait=wait)
+
+    verb.__doc__ = summary
+    return verb
 
 
 def _of_servers(kind: str, summary: str) -> Callable[..., None]:
@@ -234,19 +234,6 @@ def scale_out(
 ) -> None:
     """Add servers to an upstream: their lines in nginx.conf, their processes, and the traffic."""
     _begin(context, "scale-out", upstream, servers, batch, weight=weight, force=False, queue=queue, wait=wait)
-
-
-def scale_in(
-    context: typer.Context,
-    upstream: _Upstream,
-    servers: _SomeServers,
-    batch: _BatchOfAll = None,
-    force: _Force = False,
-    queue: _Queue = False,
-    wait: _Wait = True,
-) -> None:
-    """Take servers out of an upstream for good: the traffic, their processes, and their lines in nginx.conf."""
-    _begin(context, "scale-in", upstream, servers, batch, force=force, queue=queue, wait=wait)
 
 
 def pause(context: typer.Context, change: _Change) -> None:
