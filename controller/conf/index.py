@@ -7,13 +7,12 @@ lines of an upstream does not stand here.
 from __future__ import annotations
 
 import posixpath
-import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from controller.conf.parse import ConfSyntaxError, Place, Reader
+from controller.conf.parse import ConfSyntaxError, Place, Reader, is_pattern
 from controller.conf.spans import line_of, statements, value, words_of
 
 Context = tuple[bytes, ...]
@@ -34,7 +33,7 @@ class Files(Reader, Protocol):
     """A reader that can look at a file without reading it."""
 
     def look(self, path: str) -> Look:
-        """The same stamp again means the same content."""
+        """The same stamp again means the same content, for a directory the same names."""
 
 
 class Splice(NamedTuple):
@@ -74,21 +73,40 @@ class Index:
         self._known, self._known_looks = (known._files, known._looks) if known else ({}, {})
         self._files: dict[str, tuple[bytes, tuple[Section, ...]]] = {}
         self._looks: dict[str, Look] = {}
+        self._folders: dict[str, Look] = {}
         self._globs: dict[str, Sequence[str]] = {}
         self._walk()
         self._known, self._known_looks = {}, {}
 
-    def current(self, reader: Files) -> Index:
-        """This index where nothing has changed since, else one that is read from `reader` with its help."""
-        looks = {path: reader.look(path) for path in self._looks}
+    def current(self, reader: Files, *, whole: bool = False) -> Index:
+        """This index where its upstreams stand as they did, else one that is read from `reader` with its help.
+
+        Files in which nothing of an upstream stands, like those of ten thousand sites, are looked at for the `whole`
+        alone: what they hold now may be a new upstream, but nothing that nginx takes can change one of these.
+        """
+        looks = {path: reader.look(path) for path in (self._looks if whole else self._concerned)}
         again = [path for path, look in looks.items() if look != self._looks[path] or look.stamp is None]
-        same = all(self._same(path, reader) for path in again) and all(
-            list(reader.glob(pattern)) == list(found) for pattern, found in self._globs.items()
-        )
-        if not same:
+        if not all(self._same(path, reader) for path in again) or not self._same_names(reader):
             return Index(self.main, reader, self)
-        self._reader, self._looks = reader, looks
+        self._reader = reader
+        self._looks.update(looks)
         return self
+
+    def _concerns(self, path: str) -> bool:
+        """Whether something of an upstream, or of what is around it, stands in a file."""
+        name = self._name(path)
+        return bool(self._files[name][1]) or any(len(context) > 1 for context in self._contexts[name])
+
+    def _same_names(self, reader: Files) -> bool:
+        """Whether all patterns still match what they did."""
+        for pattern, found in self._globs.items():
+            folder = posixpath.dirname(pattern)
+            look = reader.look(folder)
+            if is_pattern(folder) or look.stamp is None or look != self._folders[pattern]:
+                if list(reader.glob(pattern)) != list(found):
+                    return False
+                self._folders[pattern] = look
+        return True
 
     def _same(self, path: str, reader: Files) -> bool:
         """Whether a file, whatever its stamp says, is where and what it was."""
@@ -104,6 +122,10 @@ class Index:
     def contexts(self, path: str) -> frozenset[Context]:
         """In which contexts a file is read."""
         return frozenset(self._contexts[path])
+
+    def holds(self, name: str) -> bool:
+        """Whether an upstream of this name is in the http block."""
+        return (b"http", name.encode("utf-8", "surrogateescape")) in self._blocks
 
     def blocks(self, context: Context) -> list[tuple[str, Section]]:
         """The blocks that open `context`, in reading order, each with its file."""
@@ -126,9 +148,10 @@ class Index:
     def included(self, pattern: bytes) -> Sequence[str]:
         """The files that an include names, by their names here; relative ones start at the main file's directory."""
         path = posixpath.join(posixpath.dirname(self.main), pattern.decode("utf-8", "surrogateescape"))
-        if not re.search(r"[*?\[]", path):
+        if not is_pattern(path):
             return [self._name(path)]
         if path not in self._globs:
+            self._folders[path] = self._reader.look(posixpath.dirname(path))
             self._globs[path] = self._reader.glob(path)
         return [self._name(each) for each in self._globs[path]]
 
@@ -156,11 +179,12 @@ class Index:
     def _walk(self) -> None:
         self._contexts: dict[str, set[Context]] = defaultdict(set)
         self._blocks: dict[Context, list[tuple[str, int]]] = defaultdict(list)
-        self._globs = {}
+        self._folders, self._globs = {}, {}
         self._names: dict[str, str] = {}
         self._before, self._looks = self._looks, {}
         self._visit(self._name(self.main), (), (), None)
         self._files = {path: self._files[path] for path in self._contexts}
+        self._concerned = [path for path in self._looks if self._concerns(path)]
 
     def _visit(self, path: str, context: Context, within: tuple[str, ...], at: tuple[str, int] | None) -> None:
         if path in within:

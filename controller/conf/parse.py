@@ -63,6 +63,11 @@ class Reader(Protocol):
         """The paths that match, in nginx's order (sorted by bytes)."""
 
 
+def is_pattern(path: str) -> bool:
+    """Whether the path of an `include` is a pattern to nginx."""
+    return re.search(r"[*?\[]", path) is not None
+
+
 _UNITS = "yMwdhms "  # in this order, each once
 _SECONDS = {"y": 31536000, "M": 2592000, "w": 604800, "d": 86400, "h": 3600, "m": 60}
 
@@ -208,7 +213,7 @@ class _Parser:
         pattern = posixpath.join(posixpath.dirname(self.path), include.args[0])
         if "\0" in pattern:
             raise ConfSyntaxError('there is a zero byte in the path of "include"', include.place)
-        return self.reader.glob(pattern) if re.search(r"[*?\[]", pattern) else [pattern]
+        return self.reader.glob(pattern) if is_pattern(pattern) else [pattern]
 
     def _load(self, path: str, at: Place | None) -> list[RawDirective]:
         if path not in self.files:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from controller.conf.parse import ConfSyntaxError, Place, Reader
+from controller.conf.parse import ConfSyntaxError, Place, Reader, is_pattern
 from controller.conf.spans import Directive, directives
 
 _MILLISECONDS = {"ms": 1, "": 1000, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
@@ -116,7 +116,7 @@ class _Reading:
 
     def _included(self, argument: str) -> Sequence[str]:
         pattern = posixpath.join(self._directory, argument)
-        return self._reader.glob(pattern) if re.search(r"[*?\[]", pattern) else [pattern]
+        return self._reader.glob(pattern) if is_pattern(pattern) else [pattern]
 
     def _lua(self, node: Node, body: bytes | None) -> str | None:
         if body is not None:

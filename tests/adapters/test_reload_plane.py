@@ -253,6 +253,20 @@ async def test_an_upstream_that_was_taken_out_is_no_obstacle() -> None:
         assert (await edge.plane.publish(wanted)).revision == 1
 
 
+async def test_an_upstream_that_came_into_a_file_which_held_none_is_found() -> None:
+    async with reload_edge(2) as edge:
+        site = edge.conf.parent / "site.conf"
+        site.write_text("server { listen unix:site.sock; }\n")
+        edge.conf.write_text(edge.conf.read_text().replace("http {", "http {\n include site.conf;\n", 1))
+        await edge.publish(drain(edge))
+        port = edge.backends[0].port
+        site.write_text(f"upstream late {{ server 127.0.0.1:{port} weight=5; server 127.0.0.1:1; }}\n")
+        both = table(2, drain(edge))
+        both["upstreams"] |= table(2, [server(port, state="drain", weight=5), server(1)], name="late")["upstreams"]
+        await edge.plane.publish(both)
+        assert f"127.0.0.1:{port} weight=5 down" in site.read_text()
+
+
 async def test_the_model_is_read_without_our_marks() -> None:
     async with reload_edge() as edge:
         assert isinstance(edge.plane, ReloadPlane)

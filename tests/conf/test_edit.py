@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import subprocess
 from pathlib import Path
@@ -405,7 +406,8 @@ class Stamped(Files):
 
     def look(self, path: str) -> Look:
         real = super().look(path).real
-        return Look(real, self.stamps.get(real, 1))
+        names = tuple(each for each in (*self.files, *self.links) if posixpath.dirname(each) == real)
+        return Look(real, self.stamps.get(real, names or 1))
 
     def read(self, path: str) -> bytes:
         self.reads.append(path)
@@ -414,7 +416,12 @@ class Stamped(Files):
 
 def test_only_what_its_stamp_does_not_vouch_for_is_read_again() -> None:
     where = Stamped(
-        {MAIN: b"http { include *.d; upstream app { server a; } }", "/n/a.d": b"", "/n/b.d": b""}, {"/n/l.d": "/n/b.d"}
+        {
+            MAIN: b"http { include *.d; upstream app { server a; } }",
+            "/n/a.d": b"upstream a { server a; }",
+            "/n/b.d": b"",
+        },
+        {"/n/l.d": "/n/b.d"},
     )
     index = Index(MAIN, where)
     assert where.reads == [MAIN, "/n/a.d", "/n/b.d"]
@@ -427,15 +434,35 @@ def test_only_what_its_stamp_does_not_vouch_for_is_read_again() -> None:
     where.reads.clear()
     assert index.current(where) is index
     assert where.reads == [], "the new stamp is known"
-    where.stamps = {"/n/a.d": 2, "/n/b.d": None}
-    where.files["/n/b.d"] = b"upstream b { server b; }"
+    where.stamps = {"/n/a.d": None}
+    where.files["/n/a.d"] = b"upstream b { server b; }"
     second = index.current(where)
-    assert second.blocks((b"http", b"b"))
-    assert set(where.reads) == {"/n/b.d"}
+    assert second.holds("b")
+    assert not second.holds("a")
+    assert set(where.reads) == {"/n/a.d"}
     where.files["/n/c.d"] = b"upstream c { server c; }"
-    assert second.current(where).blocks((b"http", b"c"))
+    third = second.current(where)
+    assert third.holds("c"), "a new name in the directory"
     where.links = {"/n/l.d": "/n/a.d"}
-    assert second.current(where).current(where).contexts("/n/a.d") == {(b"http",)}
+    assert third.current(where).current(where).contexts("/n/a.d") == {(b"http",)}
+
+
+def test_files_without_anything_of_an_upstream_are_looked_at_when_one_is_sought() -> None:
+    where = Stamped(
+        {
+            MAIN: b"http { include *.d; upstream app { include lines; } }",
+            "/n/lines": b"server a;",
+            "/n/site.d": b"server { listen 80; location / { proxy_pass http://app; } }",
+        }
+    )
+    index = Index(MAIN, where)
+    where.stamps = {"/n/site.d": 2, "/n/lines": 2}
+    where.files["/n/site.d"] = b"upstream late { server b; }"
+    where.reads.clear()
+    assert index.current(where) is index
+    assert where.reads == ["/n/lines"], "what stands within an upstream may change it"
+    assert not index.holds("late")
+    assert index.current(where, whole=True).holds("late")
 
 
 def test_after_an_own_edit_a_stamp_vouches_for_nothing() -> None:

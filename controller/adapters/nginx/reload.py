@@ -367,7 +367,10 @@ class ReloadPlane:
 
     def _planned(self, table: Table, target: Mapping[Key, float]) -> Plan:
         known, reader = self._index, DiskReader()
-        self._index = known.current(reader) if known else Index(str(self._conf), reader)
+        if known:
+            self._index = known.current(reader, whole=not all(map(known.holds, table["upstreams"])))
+        else:
+            self._index = Index(str(self._conf), reader)
         return planned(self._index, table, target, self._known.ledger)
 
     def _take(self, files: Iterable[FileEdit]) -> None:
