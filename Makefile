@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Most tests wait for other processes: two at once take little more than half of the time.
+ABREAST := -n logical --maxprocesses 4 --dist worksteal
 
 # What nginx needs to run us; what the tests need beside it.
 RUN_PACKAGES := nginx libnginx-mod-http-lua lua-resty-core lua-cjson python3-venv
@@ -21,7 +23,7 @@ run: packages-run .venv/.run ## restart three live backends under traffic, and l
 	@exec $(BIN)/headgate demo $${ONCE:+--once}
 
 test: packages-test .venv/.dev ## the quick tests
-	$(BIN)/python -m pytest -m "not slow and not container"
+	$(BIN)/python -m pytest $(ABREAST) -m "not slow and not container"
 
 test-all: test ## the slow ones and those with containers, too
 	$(BIN)/python -m pytest -m "slow or container"

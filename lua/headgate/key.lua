@@ -1,8 +1,9 @@
 -- A text with nginx's variables, as the directive `hash` takes one: $name, ${name} and what stands between.
 local _M = {}
 
+-- `name` is a number for what a regular expression has captured.
 local function value_of(name)
-  return ngx.var[tonumber(name) or name] or ""
+  return ngx.var[name] or ""
 end
 
 --- A function without arguments that gives the text's value for the request being served. A variable without a value
@@ -16,7 +17,7 @@ function _M.compile(text)
       first, last, name = text:find("^%$([%w_]+)", from)
     end
     if first then
-      table.insert(parts, { text = plain, name = name })
+      table.insert(parts, { text = plain, name = tonumber(name) or name })
       plain, from = "", last + 1
     else
       plain, from = plain .. text:sub(from, from), from + 1

@@ -17,6 +17,7 @@ from controller.settings import DEFAULT_FILE, Settings, build
 UNIT, TMPFILES = "etc/systemd/system/headgate.service", "etc/tmpfiles.d/headgate.conf"
 TOML, DROPIN = "etc/headgate/headgate.toml", "etc/systemd/system/app@.service.d/headgate.conf"
 SCRIPT = Path(sys.executable).with_name("headgate")
+PYTHON_WORD, SCRIPT_WORD = (f'"{each}"' if " " in str(each) else each for each in (sys.executable, SCRIPT))
 
 
 def headgate(*words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,7 @@ def test_install_writes_unit_directory_and_settings_and_the_second_time_nothing(
     shown = installed(tmp_path, "--yes")
     assert files(tmp_path) == {UNIT, TMPFILES, TOML}
     assert "\n".join(f"+{line}" for line in (tmp_path / UNIT).read_text().splitlines()) in shown
-    assert f"ExecStart={SCRIPT} run" in (tmp_path / UNIT).read_text()
+    assert f"ExecStart={SCRIPT_WORD} run" in (tmp_path / UNIT).read_text()
     assert "d /run/headgate 0750 root root -" in (tmp_path / TMPFILES).read_text().splitlines()
     assert all((tmp_path / each).stat().st_mode & 0o777 == 0o644 for each in files(tmp_path))
     before = {each: (tmp_path / each).stat().st_mtime_ns for each in files(tmp_path)}
@@ -83,19 +84,19 @@ def test_settings_that_are_there_stay_and_decide_what_the_unit_may_write(tmp_pat
 def test_settings_elsewhere_are_named_in_every_command(tmp_path: Path) -> None:
     unit, _, toml = install.service(Settings(), "/etc/edge $1/headgate.toml", tmp_path)
     assert unit.after
-    assert f'ExecStart={SCRIPT} --config "/etc/edge $$1/headgate.toml" run' in unit.after.decode()
+    assert f'ExecStart={SCRIPT_WORD} --config "/etc/edge $$1/headgate.toml" run' in unit.after.decode()
     assert toml.path == tmp_path / "etc/edge $1/headgate.toml"
     dropin = install.application("app@.service", "/etc/edge/headgate.toml", tmp_path)
     assert dropin.after
-    assert f"{SCRIPT} --config /etc/edge/headgate.toml drain --self --wait" in dropin.after.decode()
+    assert f"{SCRIPT_WORD} --config /etc/edge/headgate.toml drain --self --wait" in dropin.after.decode()
 
 
 def test_an_application_gets_a_drop_in_of_its_own_and_gives_it_back(tmp_path: Path) -> None:
     installed(tmp_path, "--yes", "--app", "app@", "--app", "shop.service")
     assert files(tmp_path) == {DROPIN, "etc/systemd/system/shop.service.d/headgate.conf"}
     lines = (tmp_path / DROPIN).read_text().splitlines()
-    assert f"ExecStop=-+{sys.executable} -I {SCRIPT} drain --self --wait" in lines
-    assert f"ExecStartPost=-+{sys.executable} -I {SCRIPT} enable --self" in lines
+    assert f"ExecStop=-+{PYTHON_WORD} -I {SCRIPT_WORD} drain --self --wait" in lines
+    assert f"ExecStartPost=-+{PYTHON_WORD} -I {SCRIPT_WORD} enable --self" in lines
     installed(tmp_path, "--yes", "--uninstall", "--app", "app@")
     assert files(tmp_path) == {"etc/systemd/system/shop.service.d/headgate.conf"}
     assert not (tmp_path / DROPIN).parent.exists()

@@ -171,15 +171,23 @@ local function find(circle, hash)
   return low
 end
 
+-- Of the pick under way, for the functions below that refuse servers: closures would end the JIT's trace.
+local asked, address           -- who else refuses servers, and the address of the place that is looked at
+local refuses, bounded         -- who else refuses servers, and the state, for a pick with a bound
+local load_of, room            -- what is in flight at a server, and the room for each unit of weight once it is known
+
+local function is_elsewhere(server)
+  return server.written ~= address or asked(server)
+end
+
 -- A place's server, by round robin where there are several.
 local function pick_at(state, place, refused)
   local servers = place.servers
   if #servers == 1 then
     return servers[1].eligible and not refused(servers[1]) and servers[1] or nil
   end
-  return round_robin.pick_except(state, function(server)
-    return server.written ~= place.address or refused(server)
-  end)
+  asked, address = refused, place.address
+  return round_robin.pick_except(state, is_elsewhere)
 end
 
 local function pick_on_circle(state, refused, key)
@@ -214,36 +222,35 @@ local function room_per_weight(state, refused, load)
   return state.bound * (carried + 1) / weight
 end
 
--- `refused`, widened by the servers that are full. What all servers carry is summed up only where a key's own server is
--- not idle: an idle one has room for one request in any case.
-local function refused_or_full(state, refused, load)
-  local room
-  return function(server)
-    if refused(server) then
-      return true
-    end
-    local carried = load(server)
-    if carried == 0 then
-      return false
-    end
-    room = room or room_per_weight(state, refused, load)
-    return carried + 1 > math.ceil(room * state.ring_of[server].weight - ROUNDING)
+-- What all servers carry is summed up only where a key's own server is not idle: an idle one has room for one request
+-- in any case.
+local function is_refused_or_full(server)
+  if refuses(server) then
+    return true
   end
+  local carried = load_of(server)
+  if carried == 0 then
+    return false
+  end
+  room = room or room_per_weight(bounded, refuses, load_of)
+  return carried + 1 > math.ceil(room * bounded.ring_of[server].weight - ROUNDING)
+end
+
+-- nginx's numbers for a key, without the circle.
+local function following(sum, key, rehash)
+  return sum + band(rshift(crc32(rehash > 0 and rehash .. key or key), 16), 0x7fff)
 end
 
 --- The server of `key`, or where `refused(server)` is true or it is full the next in the key's order; nil when all are
 -- refused.
 function _M.pick_except(state, refused, load, key)
-  if state.circle then
-    refused = state.ring_of and refused_or_full(state, refused, load) or refused
+  if not state.circle then
+    return slots.pick(state, refused, following, 0, key)
+  elseif not state.ring_of then
     return pick_on_circle(state, refused, key)
   end
-  local sum, rehash = 0, 0
-  return slots.pick(state, refused, function()
-    local text = rehash > 0 and rehash .. key or key
-    sum, rehash = sum + band(rshift(crc32(text), 16), 0x7fff), rehash + 1
-    return sum
-  end)
+  refuses, bounded, load_of, room = refused, state, load, nil
+  return pick_on_circle(state, is_refused_or_full, key)
 end
 
 return _M

@@ -9,26 +9,24 @@ local _M = { reweigh = round_robin.reweigh }
 
 _M.new = slots.new
 
--- What of an address counts: an IPv4 network of 24 bits, all of an IPv6 address, nothing of a unix socket.
+-- How many bytes of an address count: those of an IPv4 network of 24 bits, all of IPv6, none of a unix socket.
 local function significant(address)
-  if #address == 4 then
-    return { address:byte(1, 3) }
-  elseif #address == 16 then
-    return { address:byte(1, 16) }
+  return #address == 4 and 3 or #address == 16 and 16 or 0
+end
+
+-- The next number for a client; what has no address counts as three zeros.
+local function following(hash, address)
+  local count = significant(address)
+  for i = 1, math.max(count, 3) do
+    hash = (hash * 113 + (i <= count and address:byte(i) or 0)) % 6271
   end
-  return { 0, 0, 0 }
+  return hash
 end
 
 --- The server of a client, `address` being nginx's $binary_remote_addr, or where `refused(server)` is true the next
 -- of its sequence; nil when all are refused.
 function _M.pick_except(state, refused, _, address)
-  local bytes, hash = significant(address), 89
-  return slots.pick(state, refused, function()
-    for i = 1, #bytes do
-      hash = (hash * 113 + bytes[i]) % 6271
-    end
-    return hash
-  end)
+  return slots.pick(state, refused, following, 89, address)
 end
 
 return _M

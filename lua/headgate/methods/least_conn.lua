@@ -3,7 +3,8 @@
 -- nginx's ngx_http_upstream_least_conn_module, with weights that follow warm-ups. An idle server always has the fewest,
 -- so one that warms would be given a request whenever it has none: a quarter of the traffic of four servers, whatever
 -- its weight. So a warming server is also owed its picks, as in round robin, and is only looked at while it is owed
--- one; then it wins ties. The state is round robin's with `warming` added, {server, ring, owed} for each of those.
+-- one; then it wins ties. The state is round robin's with `warming` added, {server, ring, owed} for each of those,
+-- and `marks`.
 local round_robin = require("headgate.methods.round_robin")
 
 local _M = { reweigh = round_robin.reweigh }
@@ -16,7 +17,7 @@ function _M.new(servers, previous, random)
   for _, entry in ipairs(previous and previous.warming or {}) do
     owed[entry.server.key] = entry.owed
   end
-  state.warming, state.entry_of = {}, {}
+  state.warming, state.entry_of, state.marks = {}, {}, {}
   for _, ring in ipairs(state.rings) do
     for _, server in ipairs(ring.servers) do
       if server.ramp then
@@ -29,21 +30,32 @@ function _M.new(servers, previous, random)
   return state
 end
 
--- The least loaded server that is not refused, the set of those that tie with it or nil, and its entry if it warms.
--- `patient`: those that warm are left out until they are owed a pick.
+-- Which servers tie in the pick under way: those that are marked with its number. No set for each pick, and no closure,
+-- which would end the JIT's trace.
+local marks, number = nil, 0
+
+local function does_not_tie(server)
+  return marks[server] ~= number
+end
+
+-- The least loaded server that is not refused, whether others tie with it, and its entry if it warms. `patient`: those
+-- that warm are left out until they are owed a pick.
 local function least_loaded(state, refused, load, patient)
   local warming = #state.warming > 0
-  local least, best, tied, best_entry = math.huge, nil, nil, nil
+  local least, best, tied, best_entry = math.huge, nil, false, nil
+  marks = state.marks
   for _, ring in ipairs(state.rings) do
     for _, server in ipairs(ring.servers) do
       local entry = warming and state.entry_of[server]
       if not (patient and entry and entry.owed < 1) and not refused(server) then
         local relative = load(server) / ring.weight
         if relative < least or relative == least and entry and not best_entry then
-          least, best, tied, best_entry = relative, server, nil, entry
+          least, best, tied, best_entry = relative, server, false, entry
+          number = number + 1
+          marks[server] = number
         elseif relative == least and not best_entry then
-          tied = tied or { [best] = true }
-          tied[server] = true
+          tied = true
+          marks[server] = number
         end
       end
     end
@@ -66,7 +78,7 @@ function _M.pick_except(state, refused, load)
   if entry then
     entry.owed = entry.owed - 1
   elseif tied then
-    return round_robin.pick_except(state, function(server) return not tied[server] end)
+    return round_robin.pick_except(state, does_not_tie)
   end
   return best
 end

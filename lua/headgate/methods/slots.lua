@@ -30,12 +30,13 @@ local function server_at(state, place)
   return all[#all]
 end
 
---- The first server that `next_number()`, called again and again, points to and that can serve; nil when all of them
--- are refused.
-function _M.pick(state, refused, next_number)
+--- The first server that a number points to and that can serve; nil when all of them are refused. The numbers are
+-- following(`number`, key, 0), following(that, key, 1) and so on.
+function _M.pick(state, refused, following, number, key)
   if #state.all > 1 then
-    for _ = 0, MAX_MISSES do
-      local server = server_at(state, next_number() % state.width)
+    for i = 0, MAX_MISSES do
+      number = following(number, key, i)
+      local server = server_at(state, number % state.width)
       if server.eligible and not refused(server) then
         return server
       end
