@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,14 @@ class Row:
     measured: str
     wanted: str
     reached: bool | None
+
+
+def yardstick() -> Row:
+    """How quick this machine is just now, for what is measured in seconds."""
+    began, total = time.process_time(), 0
+    for number in range(10_000_000):
+        total += number
+    return Row("yardstick: 10,000,000 additions in Python", f"{time.process_time() - began:.2f} s", "", None)
 
 
 def rollouts() -> Iterator[Row]:
@@ -165,9 +174,10 @@ def files() -> Iterator[Row]:
         yield Row(f"{of}: an edit taken up", parsed, "1 file parsed", found.parsed == 1)
     for layout in ("one file", "many files"):
         edits = edit_speed.measure(layout)
-        worst = max(edits.edits.values())
-        what = f"one edit and its proof in {edits.megabytes:.1f} MB, {edits.files:,} file{'s' * (edits.files > 1)}"
-        yield Row(what, f"{worst:.1f} ms at most, without a parse", "<= 50 ms", worst <= 50)
+        of = f"in {edits.megabytes:.1f} MB, {edits.files:,} file{'s' * (edits.files > 1)}"
+        one, many = (max(edits.edits[kind], edits.edits[f"{kind} back"]) for kind in edit_speed.KINDS)
+        yield Row(f"one edit and its proof {of}", f"{one:.1f} ms, without a parse", "<= 50 ms", one <= 50)
+        yield Row(f"50 edits at once {of}", f"{many:.1f} ms, without a parse", "", None)
 
 
 def reloads() -> Iterator[Row]:
@@ -197,7 +207,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 def main(names: list[str]) -> int:
     """Measure the named parts (all without a name); exit status 0 when every figure was reached."""
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-    rows = []
+    rows = [yardstick()]
     for name in names or PARTS:
         with console.status(f"measuring {name} …"):
             rows += PARTS[name]()

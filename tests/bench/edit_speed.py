@@ -23,6 +23,7 @@ from controller.conf.ledger import Ledger
 from controller.conf.parse import parse
 
 SERVERS, UPSTREAMS = 10_000, 1_000
+KINDS = ("a drain", "50 weights")
 SITE = """    server {{
         listen 80;
         server_name host{n}.example www.host{n}.example;  # site {n}
@@ -87,12 +88,15 @@ def write(layout: str, directory: Path) -> Path:
 
 
 def kinds() -> Iterator[tuple[str, Table]]:
-    """What is timed: tables that change one upstream in the middle, and 50 at once."""
-    for kind, states, weight in (("drain", ("up", "drain"), 5.0), ("back", ("up", "up"), 5.0)):
-        yield kind, table({"app500": upstream(states, weight)})
+    """What is timed: tables that change one upstream in the middle, and 50 at once, and take it back."""
     many = [f"app{n}" for n in range(0, UPSTREAMS, 20)]
-    yield "50 weights", table({name: upstream(("up", "up"), 7.0) for name in many})
-    yield "50 weights back", table({name: upstream(("up", "up"), 5.0) for name in many})
+    drain, weights = KINDS
+    for kind, names, changed in (
+        (drain, ["app500"], upstream(("up", "drain"), 5.0)),
+        (weights, many, upstream(("up", "up"), 7.0)),
+    ):
+        yield kind, table(dict.fromkeys(names, changed))
+        yield f"{kind} back", table(dict.fromkeys(names, upstream(("up", "up"), 5.0)))
 
 
 def upstream(states: tuple[str, str], weight: float) -> dict[str, Any]:
