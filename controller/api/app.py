@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from controller.api import metrics, wire
+from controller.api import metrics, views, wire
 from controller.api.edge import add_check, add_edge
 from controller.api.face import Runtime
 from controller.api.history import add_history
@@ -107,18 +107,18 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     @app.get("/v1/status", tags=["servers"])
     async def status() -> wire.Status:
         """Everything at a glance."""
-        return wire.status(runtime.state, runtime.counters, runtime.data_plane, runtime.clock.now())
+        return views.status(runtime.state, runtime.counters, runtime.data_plane, runtime.clock.now())
 
     @app.get("/v1/upstreams", tags=["servers"])
     async def upstreams() -> wire.Upstreams:
         """The upstreams, those left to nginx, and what was odd in nginx.conf."""
-        return wire.upstreams(runtime.state, runtime.counters, runtime.config, runtime.clock.now())
+        return views.upstreams(runtime.state, runtime.counters, runtime.config, runtime.clock.now())
 
     @app.get("/v1/upstreams/{upstream}", tags=["servers"])
     async def one_upstream(upstream: _Upstream) -> wire.UpstreamView:
         """One upstream with its servers."""
         group = group_of(runtime.state, upstream)
-        return wire.upstream(group, runtime.state, runtime.counters, runtime.clock.now())
+        return views.upstream(group, runtime.state, runtime.counters, runtime.clock.now())
 
     @app.get("/v1/upstreams/{upstream}/servers/{server:path}/in-flight", tags=["servers"])
     async def in_flight(
@@ -147,7 +147,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
         found = [each for each in group.upstream.servers if each.key in keys]
         state, counters, now = runtime.state, runtime.counters, runtime.clock.now()
         return wire.Servers(
-            upstream=upstream, servers=[wire.server(group, each, state, counters, now) for each in found]
+            upstream=upstream, servers=[views.server(group, each, state, counters, now) for each in found]
         )
 
     @app.put("/v1/upstreams/{upstream}/servers/{server:path}/admin", tags=["servers"])
@@ -240,7 +240,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     @app.get("/v1/changes", tags=["changes"])
     async def changes(limit: _Limit = 50, before: _Before = None) -> wire.Changes:
         """The newest changes first."""
-        return wire.Changes(changes=[wire.change_summary(each) for each in await runtime.store.changes(limit, before)])
+        return wire.Changes(changes=[views.change_summary(each) for each in await runtime.store.changes(limit, before)])
 
     @app.get("/v1/changes/{change}", tags=["changes"])
     async def one_change(change: _ChangeId, wait: _Wait = 0, seen: _Seen = -1) -> wire.ChangeView:
@@ -251,7 +251,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
             record = await runtime.change(change)
             if record is None:
                 raise Refused("not_found", f"there is no change {change}", "`headgate changes` lists them")
-            view = wire.change(record)
+            view = views.change(record)
             left = deadline - runtime.clock.now()
             if view.version > seen or view.status.ended or left <= 0 or stop.is_set():
                 return view
@@ -282,7 +282,7 @@ def create_app(runtime: Runtime, stopping: asyncio.Event | None = None, ready_wh
     ) -> Response | wire.Events:
         """Events in order: without `after` the newest; with `Accept: text/event-stream` as they come."""
         if _EVENT_STREAM not in request.headers.get("accept", ""):
-            return wire.events(await runtime.store.events(after, limit))
+            return views.events(await runtime.store.events(after, limit))
         resumed = int(last_event_id) if last_event_id and _EVENT_ID.fullmatch(last_event_id) else after
         return StreamingResponse(
             _stream(runtime, resumed, stop), media_type=_EVENT_STREAM, headers={"Cache-Control": "no-store"}
@@ -395,7 +395,7 @@ async def _stream(runtime: Runtime, after: int | None, stop: asyncio.Event) -> A
             else:
                 # Asked for before the yield, so that there is always one task whose end ends the source.
                 coming = asyncio.ensure_future(anext(source, None))
-                yield f"id: {record.id}\ndata: {wire.event(record).model_dump_json()}\n\n"
+                yield f"id: {record.id}\ndata: {views.event(record).model_dump_json()}\n\n"
     finally:
         stopped.cancel()
         coming.cancel()

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import FastAPI, Query
 from pydantic import BaseModel
 
-from controller.api import wire
+from controller.api import views, wire
 from controller.api.explain import Facts, explain, warmed
 from controller.api.face import Runtime
 from controller.core.change import group_of, resolve
@@ -122,7 +122,7 @@ def add_history(app: FastAPI, runtime: Runtime) -> None:
             until=end,
             step=width,
             servers=[Series(server=server, points=points) for server, points in series.items()],
-            events=[wire.event(event) for event in events],
+            events=[views.event(event) for event in events],
         )
 
     @app.get("/v1/explain", tags=["history"])

@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from controller.api.face import Runtime
-from controller.api.wire import UNSEEN
+from controller.api.views import UNSEEN
 from controller.core.model import Admin, ChangeStatus, Health, Warmth
 from controller.core.table import effective_weights
 

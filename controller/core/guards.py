@@ -104,7 +104,7 @@ def refuse_overload(group: Group, keys: Sequence[str], rate: float | None = None
         raise Refused(
             "guard",
             f"{without} {said}",
-            f"take a smaller batch (`headgate plan rollout {name}` recommends one), raise {setting} in "
+            f"take fewer away at once (`headgate plan rollout {name}` recommends a batch), raise {setting} in "
             f"[upstream.{name}.rollout], or insist with --force",
         )
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from controller import cli_view
-from controller.api import wire
+from controller.api import views
 from controller.core import table
 from controller.core.model import (
     Admin,
@@ -43,7 +43,7 @@ def group(peer: Peer, other: Peer = UP) -> Group:
 def view(shown: Group, counters: dict[str, PeerCounters] | None = None) -> dict[str, Any]:
     seen = Counters("boot", 1, {"app": counters or {}})
     state = table.with_groups(State(configured=True), {"app": shown})
-    return wire.status(state, seen, "lua", NOW).model_dump(mode="json")
+    return views.status(state, seen, "lua", NOW).model_dump(mode="json")
 
 
 def words(answer: dict[str, Any], width: int = 120) -> list[str]:

@@ -262,7 +262,7 @@ def test_a_queued_change_is_judged_by_what_will_be_and_again_when_its_turn_has_c
         world.live(0.5)
     change = world.change(number)
     assert (change.status, {s.state for s in change.steps}) == ("failed", {"skipped"})
-    assert "3.00 times its usual share, and max_load is 2 (take a smaller batch" in change.error
+    assert "3.00 times its usual share, and max_load is 2 (take fewer away at once" in change.error
     assert world.serving() == (A, B)
 
 
