@@ -150,10 +150,12 @@ def resting() -> Iterator[Row]:
     found = idle.measure()
     yield Row("idle daemon, 10 upstreams: CPU", f"{found.cpu:.2%} of a core", "<= 0.5 %", found.cpu <= 0.005)
     yield Row("idle daemon, 10 upstreams: memory", f"{found.memory:.0f} MB", "<= 90 MB", found.memory <= 90)
+    busy = idle.measure(20.0, servers=100, settings=idle.EVERY_SECOND)
+    rate = "1,000 servers probed every second"
+    yield Row(f"{rate}: CPU", f"{busy.cpu:.1%} of a core", "<= 15 %", busy.cpu <= 0.15)
+    yield Row(f"{rate}: memory", f"{busy.memory:.0f} MB", "<= 120 MB", busy.memory <= 120)
     cost = probe_cpu.measure()
-    rate = f"{cost.servers:,} servers probed every second"
-    yield Row(f"{rate}: CPU", f"{cost.cpu:.1%} of a core", "<= 15 %", cost.cpu <= 0.15)
-    yield Row(f"{rate}: memory", f"{cost.rss / 1e6:.0f} MB", "<= 120 MB", cost.rss <= 120e6)
+    yield Row(f"{rate}, by the prober alone: CPU", f"{cost.cpu:.1%} of a core", "", None)
 
 
 def storing() -> Iterator[Row]:

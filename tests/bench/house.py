@@ -67,7 +67,10 @@ def total(counters: dict[str, PeerCounters]) -> int:
 @contextmanager
 def house(upstreams: int, servers: int, settings: str = "") -> Iterator[House]:
     """Start everything, wait until every probe has risen, and leave nothing behind."""
-    front, *ports = (free_port() for _ in range(1 + upstreams * servers))
+    free: set[int] = set()  # one that is free now is so the next time, too
+    while len(free) <= upstreams * servers:
+        free.add(free_port())
+    front, *ports = free
     groups = {f"app{n}": ports[n * servers : (n + 1) * servers] for n in range(upstreams)}
     addresses = {name: [f"127.0.0.1:{port}" for port in mine] for name, mine in groups.items()}
     blocks = [

@@ -1,6 +1,6 @@
-"""An idle daemon: processor time and memory with 10 upstreams of 2 servers, default settings.
+"""A daemon that does nothing but probe: processor time and memory.
 
-python -m tests.bench.idle [SECONDS]
+python -m tests.bench.idle [SECONDS [SERVERS [SETTINGS]]]
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ class Figures:
     memory: float
 
 
-def measure(seconds: float = 30.0) -> Figures:
-    """Start the daemon, let every probe rise, then look at it for some seconds."""
-    with house(upstreams=10, servers=2) as built:
+EVERY_SECOND = '[defaults.check]\ninterval = "1s"\n'
+
+
+def measure(seconds: float = 30.0, servers: int = 2, settings: str = "") -> Figures:
+    """Start the daemon with 10 upstreams of so many servers, let every probe rise, then look at it for some seconds."""
+    with house(10, servers, settings) as built:
         before, began = _processor_seconds(built.daemon), time.monotonic()
         time.sleep(seconds)  # the measurement itself
         used, passed = _processor_seconds(built.daemon) - before, time.monotonic() - began
@@ -39,4 +42,5 @@ def _processor_seconds(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    print(measure(*map(float, sys.argv[1:])))
+    numbers = sys.argv[1:3]
+    print(measure(*map(int, numbers), *sys.argv[3:]))
