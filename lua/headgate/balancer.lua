@@ -195,7 +195,7 @@ local function settle(request, pointer, server)
     forget_tries(request)
     return nil
   end
-  release(request, server, kind, seconds, outcome.mark(kind, server.endpoint), now)
+  release(request, server, kind, seconds, outcome.mark(pointer, kind, server.endpoint), now)
   local keys = tried[request]
   if not keys then
     keys = {}
@@ -296,7 +296,7 @@ function _M.log()
       kind, header = outcome.read()
       seconds = seconds > SHORT and header or seconds
     end
-    release(request, server, kind, seconds, outcome.mark(kind, server.endpoint), now)
+    release(request, server, kind, seconds, outcome.mark(pointer, kind, server.endpoint), now)
   end
   native.leave(request)
   if tried_count > 0 then
