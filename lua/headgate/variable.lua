@@ -18,6 +18,9 @@ local C = ffi.C
 local band = bit.band
 local LENGTH, NOT_FOUND = 0x0fffffff, 0x40000000
 
+-- Where an nginx did not have it, `nginx -t` shall say so and not the first request.
+assert(C.headgate_get_variable)
+
 local _M = {}
 
 -- nginx's ngx_str_t of a text, which it holds itself.
