@@ -6,6 +6,7 @@ Speed is quoted as a ratio within the run wherever a comparison exists; docs/fig
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -43,11 +44,16 @@ class Row:
 
 
 def yardstick() -> Row:
-    """How quick this machine is just now, for what is measured in seconds."""
+    """How quick this machine is just now, for what is measured in seconds: its processor, and its system calls."""
     began, total = time.process_time(), 0
     for number in range(10_000_000):
         total += number
-    return Row("yardstick: 10,000,000 additions in Python", f"{time.process_time() - began:.2f} s", "", None)
+    counted = time.process_time()
+    for _ in range(100_000):
+        os.lstat("/")
+    called = time.process_time() - counted
+    measured = f"{counted - began:.2f} s, {called * 10:.1f} us"
+    return Row("yardstick: 10,000,000 additions in Python, an lstat", measured, "", None)
 
 
 def rollouts() -> Iterator[Row]:
@@ -80,10 +86,11 @@ def reloading_rollouts() -> Iterator[Row]:
 def processor_time() -> Iterator[Row]:
     """nginx worker CPU for each request, beside native nginx and HAProxy."""
     for servers, limit in ((4, 1.10), (1000, 1.15)):
-        native, lua, haproxy = plane_cpu.compare(servers)
+        native, bare, lua, haproxy = plane_cpu.compare(servers)
         of = f"CPU per request, {servers} servers"
         yield Row(f"{of}: native nginx", f"{native.microseconds:.2f} us", "", None)
         yield Row(f"{of}: HAProxy", f"{haproxy.microseconds:.2f} us, {haproxy.ratio:.3f} x native", "", None)
+        yield Row(f"{of}: {bare.name}", f"{bare.microseconds:.2f} us, {bare.ratio:.3f} x native", "", None)
         measured = f"{lua.microseconds:.2f} us, {lua.ratio:.3f} x native"
         yield Row(f"{of}: Lua plane", measured, f"<= {limit:.2f} x native", lua.ratio <= limit)
         beside = lua.microseconds / haproxy.microseconds

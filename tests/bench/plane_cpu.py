@@ -33,6 +33,7 @@ from typing import Any
 
 from tests.support.nginx import Nginx, free_port, missing_parts, wait_until
 
+BARE = 'balancer_by_lua_block {{ require("ngx.balancer").set_current_peer("{ip}", {port}) }}'
 BACKEND = 'server {{ listen {port}; keepalive_requests 1000000000; location / {{ return 200 "ok"; }} }}'
 
 
@@ -196,19 +197,22 @@ def answers(port: int) -> bool:
 
 
 def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
-    """Measure the three in turns; rows in the order native, lua, haproxy."""
+    """Measure them in turns; rows in the order native, a hook that does nothing but set the peer, lua, haproxy."""
     ips, backend = addresses(servers), free_port()
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
     with contextlib.ExitStack() as stack:
         answering = stack.enter_context(Nginx(BACKEND.format(port=backend), workers=1, plane=False))
         native = stack.enter_context(Nginx(nginx_http(ips, backend, ports[0], ""), workers=1, plane=False))
+        setting = nginx_http(ips, backend, ports[3], BARE.format(ip=ips[0], port=backend))
+        bare = stack.enter_context(Nginx(setting, workers=1))
         lua = Nginx(nginx_http(ips, backend, ports[1], hook), workers=1)
         lua.snapshot.write_text(json.dumps(table(ips, backend)))
         stack.enter_context(lua)
         proxy = stack.enter_context(haproxy([f"{ip}:{backend}" for ip in ips], ports[2]))
         targets = [
             Target("native nginx", ports[0], native.workers()[0]),
+            Target("a hook that only sets the peer", ports[3], bare.workers()[0]),
             Target("Lua plane", ports[1], lua.workers()[0]),
             Target("HAProxy", ports[2], proxy),
         ]

@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.plane_cpu import BACKEND, WAYS, addresses, nginx_http, table, ways_table
+from tests.bench.plane_cpu import BACKEND, BARE, WAYS, addresses, nginx_http, table, ways_table
 from tests.support.nginx import Nginx, free_port, missing_parts
 
 WARM = 2000  # requests until LuaJIT has compiled what it will
-BARE = 'balancer_by_lua_block {{ require("ngx.balancer").set_current_peer("{ip}", {port}) }}'
 HOOK = 'balancer_by_lua_block {{ require("headgate").balance("{name}") }}'
 
 
