@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from controller.conf.diff import FileEdit
 from controller.conf.draft import Draft, EditRefused, Reason
-from controller.conf.find import Finder, Spot, encoded
-from controller.conf.index import Index, Splice
+from controller.conf.find import Finder, Spot
+from controller.conf.index import Index, Splice, encoded
 from controller.conf.parse import METHODS, ConfSyntaxError, Place, duration_seconds, split_address
 from controller.conf.spans import LONGEST
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from controller.conf.draft import Draft, EditRefused, Reason
-from controller.conf.index import Index
+from controller.conf.index import Index, encoded
 from controller.conf.parse import Place
 from controller.conf.spans import line_of, skip_gap, statements
 
@@ -123,11 +123,6 @@ class Finder:
 
     def _place(self, path: str, start: int) -> Place:
         return Place(path, line_of(self.index.data(path), start))
-
-
-def encoded(text: str) -> bytes:
-    """The bytes of a name or path, which may come from a file that is no UTF-8."""
-    return text.encode("utf-8", "surrogateescape")
 
 
 def _named(context: tuple[bytes, ...]) -> str:

@@ -29,6 +29,11 @@ class Look(NamedTuple):
     stamp: object
 
 
+def encoded(text: str) -> bytes:
+    """The bytes of a name or path, which may come from a file that is no UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 class Files(Reader, Protocol):
     """A reader that can look at a file without reading it."""
 
@@ -73,8 +78,7 @@ class Index:
         self._known, self._known_looks = (known._files, known._looks) if known else ({}, {})
         self._files: dict[str, tuple[bytes, tuple[Section, ...]]] = {}
         self._looks: dict[str, Look] = {}
-        self._folders: dict[str, Look] = {}
-        self._globs: dict[str, Sequence[str]] = {}
+        self._globs: dict[str, tuple[Look, Sequence[str]]] = {}
         self._walk()
         self._known, self._known_looks = {}, {}
 
@@ -99,13 +103,13 @@ class Index:
 
     def _same_names(self, reader: Files) -> bool:
         """Whether all patterns still match what they did."""
-        for pattern, found in self._globs.items():
+        for pattern, (before, found) in self._globs.items():
             folder = posixpath.dirname(pattern)
             look = reader.look(folder)
-            if is_pattern(folder) or look.stamp is None or look != self._folders[pattern]:
+            if is_pattern(folder) or look.stamp is None or look != before:
                 if list(reader.glob(pattern)) != list(found):
                     return False
-                self._folders[pattern] = look
+                self._globs[pattern] = look, found
         return True
 
     def _same(self, path: str, reader: Files) -> bool:
@@ -125,7 +129,7 @@ class Index:
 
     def holds(self, name: str) -> bool:
         """Whether an upstream of this name is in the http block."""
-        return (b"http", name.encode("utf-8", "surrogateescape")) in self._blocks
+        return (b"http", encoded(name)) in self._blocks
 
     def blocks(self, context: Context) -> list[tuple[str, Section]]:
         """The blocks that open `context`, in reading order, each with its file."""
@@ -151,9 +155,8 @@ class Index:
         if not is_pattern(path):
             return [self._name(path)]
         if path not in self._globs:
-            self._folders[path] = self._reader.look(posixpath.dirname(path))
-            self._globs[path] = self._reader.glob(path)
-        return [self._name(each) for each in self._globs[path]]
+            self._globs[path] = self._reader.look(posixpath.dirname(path)), self._reader.glob(path)
+        return [self._name(each) for each in self._globs[path][1]]
 
     def take(self, path: str, data: bytes, splices: Sequence[Splice]) -> None:
         """The file is `data` now, by these splices (in order) of what it was.
@@ -179,7 +182,7 @@ class Index:
     def _walk(self) -> None:
         self._contexts: dict[str, set[Context]] = defaultdict(set)
         self._blocks: dict[Context, list[tuple[str, int]]] = defaultdict(list)
-        self._folders, self._globs = {}, {}
+        self._globs = {}
         self._names: dict[str, str] = {}
         self._before, self._looks = self._looks, {}
         self._visit(self._name(self.main), (), (), None)

@@ -140,7 +140,7 @@ def free_ports(count: int) -> list[int]:
     """
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
-    for port in random.sample(range(max(1024, min(20000, low - 2000)), max(low, 3024)), k=1000):
+    for port in random.sample(range(max(1024, min(20000, low - 2000)), max(low, 3024)), k=1000 + count):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))

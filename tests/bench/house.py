@@ -12,10 +12,10 @@ from typing import Any
 
 from controller.adapters.nginx.lua import LuaPlane
 from controller.client import Client
-from controller.demo.stage import until
+from controller.demo.stage import free_ports, until
 from controller.errors import HeadgateError
 from controller.ports import PeerCounters
-from tests.support.nginx import Nginx, free_port
+from tests.support.nginx import Nginx
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,7 @@ def total(counters: dict[str, PeerCounters]) -> int:
 @contextmanager
 def house(upstreams: int, servers: int, settings: str = "") -> Iterator[House]:
     """Start everything, wait until every probe has risen, and leave nothing behind."""
-    free: set[int] = set()  # one that is free now is so the next time, too
-    while len(free) <= upstreams * servers:
-        free.add(free_port())
-    front, *ports = free
+    front, *ports = free_ports(1 + upstreams * servers)
     groups = {f"app{n}": ports[n * servers : (n + 1) * servers] for n in range(upstreams)}
     addresses = {name: [f"127.0.0.1:{port}" for port in mine] for name, mine in groups.items()}
     blocks = [

@@ -124,13 +124,18 @@ def ways_table(ips: list[str], port: int) -> dict[str, object]:
     return {**plain, "upstreams": upstreams}
 
 
+def cookies(ips: list[str], port: int) -> list[str]:
+    """One request after the other: nine of ten belong to a session, with each server in turn, "" begins a new one."""
+    known = [f"route={hashlib.md5(f'{ip}:{port}'.encode()).hexdigest()}" for ip in ips]
+    return [known[number % len(known)] if number % 10 else "" for number in range(10 * len(known))]
+
+
 def sessions(ips: list[str], port: int) -> str:
-    """A script for wrk: nine of ten requests belong to a session, with each server in turn, one begins a new one."""
-    cookies = ", ".join(f'"{hashlib.md5(f"{ip}:{port}".encode()).hexdigest()}"' for ip in ips)
+    """The same as a script for wrk."""
     return (
-        f"local cookies, sent, made = {{ {cookies} }}, 0, {{}}\n"
-        'function init() for i = 1, 10 * #cookies do made[i] = wrk.format("GET", "/", i % 10 > 0 and '
-        '{ Cookie = "route=" .. cookies[i % #cookies + 1] } or {}) end end\n'
+        f"local cookies, sent, made = {{ {', '.join(map(json.dumps, cookies(ips, port)))} }}, 0, {{}}\n"
+        'function init() for i, cookie in ipairs(cookies) do made[i] = wrk.format("GET", "/", '
+        'cookie ~= "" and { Cookie = cookie } or {}) end end\n'
         "function request() sent = sent % #made + 1; return made[sent] end\n"
     )
 
@@ -262,18 +267,14 @@ def apart(pids: Iterable[int], others: Iterable[int]) -> Iterator[None]:
 
 
 def _in_turns(targets: list[Target], rounds: int, seconds: int, lua: Nginx, backend: Nginx) -> dict[str, list[float]]:
-    with apart({target.pid for target in targets}, backend.workers()):
-        return _taken_in_turns(targets, rounds, seconds, lua)
-
-
-def _taken_in_turns(targets: list[Target], rounds: int, seconds: int, lua: Nginx) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {target.name: [] for target in targets}
-    for target in targets:
-        wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
-        measure(target, 1)
-    for _ in range(rounds):
+    with apart({target.pid for target in targets}, backend.workers()):
         for target in targets:
-            figures[target.name].append(measure(target, seconds))
+            wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
+            measure(target, 1)
+        for _ in range(rounds):
+            for target in targets:
+                figures[target.name].append(measure(target, seconds))
     if lua.errors():
         raise RuntimeError("\n".join(lua.errors()))
     return figures

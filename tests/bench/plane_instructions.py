@@ -8,7 +8,6 @@ The kernel's part, two thirds of the time, is the same for all rows and not in t
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import re
@@ -16,9 +15,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from tests.bench.plane_cpu import BACKEND, BARE, WAYS, addresses, nginx_http, table, ways_table
+from tests.bench.plane_cpu import BACKEND, BARE, WAYS, addresses, cookies, nginx_http, table, ways_table
 from tests.support.nginx import Nginx, free_port, missing_parts
 
 WARM = 2000  # requests until LuaJIT has compiled what it will
@@ -35,9 +33,7 @@ class Counted(Nginx):
 
     def workers(self) -> list[int]:
         """Under valgrind a worker's title is not its own."""
-        assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        return self.children()
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,9 @@ def cases(backend: int) -> Iterator[Case]:
     """Native nginx, a hook that only sets the peer, the Lua plane, and each way of plane_cpu.py beside nginx's own."""
     ips = addresses(4)
 
-    def case(name: str, hook: str, table: dict[str, object] | None, of: str = "app", cookies: bool = False) -> Case:
+    def case(name: str, hook: str, table: dict[str, object] | None, of: str = "app", sticky: bool = False) -> Case:
         port = free_port()
-        values = [hashlib.md5(f"{ip}:{backend}".encode()).hexdigest() for ip in ips]
-        sent = (*[f"route={value}" for value in values] * 9, *[""] * 4) if cookies else ("",)
+        sent = tuple(cookies(ips, backend)) if sticky else ("",)
         return Case(name, nginx_http(ips, backend, port, hook, of), port, table, sent)
 
     plain, ways = table(ips, backend), ways_table(ips, backend)

@@ -15,6 +15,9 @@ from aiohttp import web
 from controller.adapters.nginx.lua import Counters, LuaPlane, PeerCounters
 from tests.support.nginx import Nginx, free_port
 
+STICKY = {"cookie": "route", "path": "/", "secure": False, "http_only": True, "same_site": "Lax", "max_age": 0}
+"""What a table says of sessions."""
+
 
 class Backend:
     """An HTTP server that counts what reaches it.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.lua.house import edge, server, warm_up
+from tests.lua.house import STICKY, edge, server, warm_up
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
 
@@ -31,7 +31,6 @@ WATCH = """
     }
     location = /found { content_by_lua_block { ngx.say(table.concat(require("found"), "\\n")) } }
 """
-STICKY = {"cookie": "route", "path": "/", "secure": False, "http_only": True, "same_site": "Lax", "max_age": 0}
 METHODS: list[dict[str, Any]] = [
     {"method": "round_robin"},
     {"method": "round_robin", "sticky": STICKY},

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.lua.house import Edge, edge, eventually, server, warm_up
+from tests.lua.house import STICKY, Edge, edge, eventually, server, warm_up
 from tests.support.nginx import free_port
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
 
-STICKY = {"cookie": "route", "path": "/", "secure": False, "http_only": True, "same_site": "Lax", "max_age": 0}
 METHODS: list[dict[str, Any]] = [
     {"method": "round_robin"},
     {"method": "least_conn"},

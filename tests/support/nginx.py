@@ -133,10 +133,13 @@ class Nginx:
 
     def workers(self) -> list[int]:
         """The pids of the workers, those that shut down included."""
+        return [pid for pid in self.children() if b"worker process" in _command_line(pid)]
+
+    def children(self) -> list[int]:
+        """The pids of all processes that the master has made."""
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-        return [pid for pid in pids if b"worker process" in _command_line(pid)]
+        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
     def reload(self) -> list[int]:
         """HUP, and wait until a full set of new workers runs; return the old ones, which may still be shutting down."""

@@ -3,8 +3,7 @@
 -- nginx's ngx_http_upstream_least_conn_module, with weights that follow warm-ups. An idle server always has the fewest,
 -- so one that warms would be given a request whenever it has none: a quarter of the traffic of four servers, whatever
 -- its weight. So a warming server is also owed its picks, as in round robin, and is only looked at while it is owed
--- one; then it wins ties. The state is round robin's with `warming` added, {server, ring, owed} for each of those,
--- and `marks`.
+-- one; then it wins ties. The state is round robin's with `warming` added, {server, ring, owed} for each of those.
 local round_robin = require("headgate.methods.round_robin")
 
 local _M = { reweigh = round_robin.reweigh }
@@ -17,7 +16,7 @@ function _M.new(servers, previous, random)
   for _, entry in ipairs(previous and previous.warming or {}) do
     owed[entry.server.key] = entry.owed
   end
-  state.warming, state.entry_of, state.marks = {}, {}, {}
+  state.warming, state.entry_of = {}, {}
   for _, ring in ipairs(state.rings) do
     for _, server in ipairs(ring.servers) do
       if server.ramp then
@@ -30,12 +29,12 @@ function _M.new(servers, previous, random)
   return state
 end
 
--- Which servers tie in the pick under way: those that are marked with its number. No set for each pick, and no closure,
--- which would end the JIT's trace.
-local marks, number = nil, 0
+-- Servers tie in the pick under way whose `tie` is this number. No set for each pick, and no closure, which would end
+-- the JIT's trace.
+local number = 0
 
 local function does_not_tie(server)
-  return marks[server] ~= number
+  return server.tie ~= number
 end
 
 -- The least loaded server that is not refused, whether others tie with it, and its entry if it warms. `patient`: those
@@ -43,7 +42,6 @@ end
 local function least_loaded(state, refused, load, patient)
   local warming = #state.warming > 0
   local least, best, tied, best_entry = math.huge, nil, false, nil
-  marks = state.marks
   for _, ring in ipairs(state.rings) do
     for _, server in ipairs(ring.servers) do
       local entry = warming and state.entry_of[server]
@@ -52,10 +50,10 @@ local function least_loaded(state, refused, load, patient)
         if relative < least or relative == least and entry and not best_entry then
           least, best, tied, best_entry = relative, server, false, entry
           number = number + 1
-          marks[server] = number
+          server.tie = number
         elseif relative == least and not best_entry then
           tied = true
-          marks[server] = number
+          server.tie = number
         end
       end
     end
