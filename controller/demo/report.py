@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.columns import Columns
@@ -193,6 +195,19 @@ def _beside(windows: Sequence[Window]) -> Text:
     measured = sum(w.measured * w.requests for w in windows) / total
     formula = sum(w.formula * w.requests for w in windows) / total
     return Text.assemble(f"{measured:5.1%}", (f" / {formula:5.1%}", "dim"))
+
+
+def suggestions(headgate: Sequence[str], upstream: str, server: str, url: str, api: Path) -> list[str]:
+    """What to try while the demo stays up: lines that a shell takes as they are. `headgate` are the command's words."""
+    commands = (
+        [*headgate, "status", "--watch"],
+        [*headgate, "restart", upstream, server],
+        [*headgate, "events", "--follow"],
+        ["curl", f"{url}/who"],
+        ["curl", "-N", f"{url}/stream"],
+        ["curl", "--unix-socket", str(api), "http://headgate/v1/status"],
+    )
+    return [shlex.join(command) for command in commands]
 
 
 def live_view(status: Record, record: Record | None, ticks: Sequence[Tick], now: float) -> RenderableType:

@@ -168,17 +168,10 @@ def _figures(
 def _stay(console: Console, stage: Stage) -> None:
     """Stay up, with a little traffic, until somebody interrupts."""
     script = Path(sys.executable).with_name("headgate")
-    program = str(script) if script.exists() else f"{sys.executable} -m controller"
-    headgate = f"{program} --config {stage.settings}"
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "controller"]
     console.print(f"[bold]It stays up, with {LIGHT_RATE:.0f} requests a second.[/] In another terminal:\n")
-    for line in (
-        f"{headgate} status --watch",
-        f"{headgate} restart {UPSTREAM} {stage.addresses[0]}",
-        f"{headgate} events --follow",
-        f"curl {stage.url}/who",
-        f"curl -N {stage.url}/stream",
-        f"curl --unix-socket {stage.prefix}/api.sock http://headgate/v1/status",
-    ):
+    headgate = [*program, "--config", str(stage.settings)]
+    for line in report.suggestions(headgate, UPSTREAM, stage.addresses[0], stage.url, stage.prefix / "api.sock"):
         console.print(f"  {line}", markup=False, soft_wrap=True)
     console.print("\nCtrl-C ends everything and deletes its files.\n")
     load = stage.load(LIGHT_RATE, interval=2.0)

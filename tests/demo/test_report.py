@@ -1,6 +1,8 @@
 """The figures that the demo shows."""
 
 import io
+import shlex
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -83,3 +85,15 @@ def test_the_moving_picture_names_each_servers_stage_weight_and_rate() -> None:
     assert "50" in rows["b"]
     assert "serving, restarted" in rows["c"]
     assert "1,234 requests, 1 failed, 6 in flight, 0 restarted in 10 s" in picture
+
+
+def test_what_to_try_can_be_pasted_from_a_path_with_a_space() -> None:
+    headgate = ["/a stranger's/bin/headgate", "--config", "/tmp/x y/headgate.toml"]
+    lines = report.suggestions(headgate, "app", "127.0.0.1:8001", "http://127.0.0.1:80", Path("/tmp/x y/api.sock"))
+    words = [shlex.split(line) for line in lines]
+    assert words[:3] == [
+        [*headgate, "status", "--watch"],
+        [*headgate, "restart", "app", "127.0.0.1:8001"],
+        [*headgate, "events", "--follow"],
+    ]
+    assert words[-1] == ["curl", "--unix-socket", "/tmp/x y/api.sock", "http://headgate/v1/status"]
