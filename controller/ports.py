@@ -79,7 +79,8 @@ class PeerCounters:
 class Counters:
     """Counters by upstream and server key, read while nginx served `revision`.
 
-    `native` counts, by upstream, requests in flight that nginx balanced by itself, before it had a table.
+    `native` counts, by upstream, requests in flight whose server nginx does not know: it balanced them by itself, or
+    lost the table by which it did.
     """
 
     boot: str

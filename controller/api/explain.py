@@ -204,7 +204,7 @@ def _still(facts: Facts) -> Iterator[str]:
         )
         said = True
     if native := facts.counters.native.get(facts.name, 0):
-        yield f"{native} requests that nginx balanced by itself, before it had a table, are still under way."
+        yield f"{native} requests from before nginx had this table are still under way; nobody knows at which server."
         said = True
     if table.routing_of(facts.server, peer) is Routing.SESSIONS:
         sticky = facts.group.upstream.policy.sticky

@@ -51,7 +51,7 @@ class _Runtime(Collector):
             labels=["upstream"],
         )
         native = GaugeMetricFamily(
-            "headgate_upstream_native_in_flight", "Requests in flight that nginx balanced itself.", labels=["upstream"]
+            "headgate_upstream_native_in_flight", "Requests in flight at an unknown server.", labels=["upstream"]
         )
         for name, group in self._runtime.state.groups.items():
             failing.add_metric([name], group.fail_open)

@@ -1,10 +1,9 @@
 -- The hot path: what happens in a worker for every proxied request. Picks a server, counts it, releases it.
 --
--- A pick is *choose, count, read the revision again*. The read goes through a shared dict, whose lock is a full
--- memory barrier: either this worker sees the newer revision, takes its count back and chooses again, or whoever
--- published that revision and then reads the counters sees this count. So a server that left the table or drains is
--- free of requests when its count in flight is 0, on all workers, those of older configurations included, without any
--- acknowledgement.
+-- A pick is *choose, count, look which table is in force*, with a full memory barrier before the look: either this
+-- worker sees the newer table, takes its count back and chooses again, or whoever put that table in force and then
+-- reads the counters sees this count. So a server that left the table or drains is free of requests when its count in
+-- flight is 0, on all workers, those of older configurations included, without any acknowledgement.
 --
 -- Tries are remembered by the address of the request and not in ngx.ctx, which an internal redirect (error_page,
 -- X-Accel-Redirect) clears.
@@ -31,7 +30,8 @@ local C = ffi.C
 local intptr = ffi.typeof("intptr_t")
 local get_request = base.get_request
 local FFI_OK = base.FFI_OK
-local monotonic = system.monotonic
+local barrier, monotonic = system.barrier, system.monotonic
+local table_number = stats.table_number
 local BEGUN, ENDED, FAILED, TIMEOUTS = stats.BEGUN, stats.ENDED, stats.FAILED, stats.TIMEOUTS
 local ERRORS, ANSWERED_COUNT, SECONDS = stats.ERRORS, stats.ANSWERED, stats.SECONDS
 local REFUSED_MARKS, EWMA, EWMA_AT = stats.REFUSED_MARKS, stats.EWMA, stats.EWMA_AT
@@ -46,12 +46,11 @@ local choose = Upstream.choose
 
 local _M = {}
 
-local state = store.state
 local error_pointer, status_pointer = ffi.new("char *[1]"), ffi.new("int[1]")
 
 local counts           -- this worker's slot
 local shared           -- what any worker may write (stats.lua)
-local loaded           -- the revision that `upstreams` holds, nil before the first
+local loaded           -- the number of the table that `upstreams` holds
 local upstreams = {}
 local open = {}        -- request -> server that its present try is counted at
 local began = {}       -- request -> when that try was picked, in seconds of the monotonic clock
@@ -61,12 +60,17 @@ local children = {}    -- main request -> its subrequests, which end without a l
 local children_count = 0
 
 local function load()
-  local blob = store.current()
+  local blob, number = store.current()
+  loaded = number
+  if not blob and number > 0 then
+    -- This worker shuts down, and a new dict has the table: it ends with the one that it has.
+    return
+  end
   local built = {}
   for name, description in pairs(blob and blob.upstreams or {}) do
     built[name] = Upstream.new(name, description, upstreams[name])
   end
-  upstreams, loaded = built, blob and blob.revision
+  upstreams = built
 end
 
 -- The path that the client asked for.
@@ -90,7 +94,8 @@ local function pick(name, keys, request)
     elseif not upstream then
       native.enter(request, name)
     end
-    if state:get("revision") == loaded then
+    barrier()
+    if table_number() == loaded then
       if server and server.start_key and not (upstream.ignored and upstream.ignored[path()]) then
         store.note_start(server.start_key)
       end
@@ -116,7 +121,7 @@ end
 
 -- The upstream as it is now, for what concerns it as a whole, and the server in it.
 local function present(server)
-  if state:get("revision") ~= loaded then
+  if table_number() ~= loaded then
     load()
   end
   local upstream = upstreams[server.upstream.name]

@@ -22,7 +22,7 @@ end
 local function refuse(status, code, message, remedy)
   return answer(status, {
     error = { code = code, message = message, remedy = remedy },
-    revision = store.revision() or 0,
+    revision = stats.revision(),
     boot = store.boot(),
   })
 end
@@ -47,7 +47,7 @@ local function status_body()
   return {
     format = table_format.FORMAT,
     boot = store.boot(),
-    revision = store.revision() or 0,
+    revision = stats.revision(),
     workers = stats.living().pids,
   }
 end
@@ -67,7 +67,7 @@ local function put_table()
   if done then
     return answer(200, status_body())
   elseif why == "stale" then
-    local message = "revision " .. revision .. " is not newer than the current " .. store.revision()
+    local message = "revision " .. revision .. " is not newer than the current " .. stats.revision()
     return refuse(409, "stale_revision", message, "read the current revision and publish a greater one")
   elseif why == "full" then
     return refuse(507, "no_room", "the table does not fit into nginx's memory; the former one stays in force",
@@ -127,7 +127,12 @@ local function counters_body(only)
     natives[name] = (not only or only == name) and native.in_flight(name, living.pids) or nil
   end
   for _, entry in ipairs(blob.left) do
-    if stats.in_flight(entry.cell, living.slots) > 0 then
+    local in_flight = stats.in_flight(entry.cell, living.slots)
+    if entry.upstream == store.NOBODY then
+      for name, count in pairs(natives) do
+        natives[name] = count + in_flight
+      end
+    elseif in_flight > 0 then
       add(entry.upstream, entry)
     end
   end

@@ -37,7 +37,7 @@ function _M.refresh(upstream, now)
   local shared = stats.shared()
   -- Read before the ejections, as it is written behind them: one that comes now is seen as a change the next time.
   upstream.epoch = stats.epoch()
-  lock.barrier()
+  system.barrier()
   upstream.ejected, upstream.expires = 0, nil
   for _, server in ipairs(upstream.servers) do
     local until_ = shared[server.shared + UNTIL]
@@ -86,7 +86,7 @@ local function eject(upstream, server, reason, now)
   end
   shared[at + REASON] = reason
   shared[at + UNTIL] = until_
-  lock.barrier()
+  system.barrier()
   stats.next_epoch()
   return true
 end
@@ -141,7 +141,7 @@ local function forget(cells)
   for _, cell in ipairs(cells) do
     stats.clear_shared(cell, now)
   end
-  lock.barrier()
+  system.barrier()
   stats.next_epoch()
   return true
 end

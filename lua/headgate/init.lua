@@ -1,6 +1,7 @@
 -- What nginx's hooks call, one function for each; nginx/headgate.conf says where. Nothing is decided here.
 local balancer = require("headgate.balancer")
 local control = require("headgate.control")
+local stats = require("headgate.stats")
 local store = require("headgate.store")
 local system = require("headgate.system")
 
@@ -18,7 +19,7 @@ function _M.init(options)
     system.remove_stale_socket(options.socket)
   end
   store.attach()
-  if store.revision() then
+  if stats.revision() > 0 then
     return
   end
   local done, loaded, reason = pcall(store.load_snapshot, options.snapshot)

@@ -1,4 +1,4 @@
--- Mutual exclusion and order between all processes of this nginx, by the shared dict.
+-- Mutual exclusion between all processes of this nginx, by the shared dict.
 local system = require("headgate.system")
 
 local _M = {}
@@ -23,11 +23,6 @@ function _M.hold(name, seconds, pause, work, ...)
     error(results[2], 0)
   end
   return unpack(results, 2, 3)
-end
-
---- A full memory barrier, which the dict's own lock is.
-function _M.barrier()
-  state:get("revision")
 end
 
 return _M

@@ -7,19 +7,20 @@
 -- never lost from a sum, and nothing stays in flight for the dead.
 --
 -- Marks on servers: one cell for each server that any worker may write (streaks of failures, ejections, the mean
--- response time), behind them one number that is changed whenever somebody was ejected or let in again. Ejections are
+-- response time), before them which table is in force, and one number that is changed whenever somebody was ejected or
+-- let in again. Ejections are
 -- written under a lock. Streaks and means are not: of two workers that write at the same instant one is not seen,
 -- which makes a streak one shorter or a mean one answer older, and a number is never torn (8 bytes, aligned).
 --
 -- The memory is anonymous and made once by the nginx master, which all workers are forked from; its address waits in
--- a shared dict for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
+-- the shared dicts for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
 local ffi = require("ffi")
 local system = require("headgate.system")
 
 local _M = {}
 
 --- Changes with the layout of this memory; store.lua starts afresh when a reload brings another one.
-_M.LAYOUT = 2
+_M.LAYOUT = 3
 _M.CELLS = 4096
 
 --- A cell's numbers in a slot, as offsets from cell_offset(). Tries: begun, ended, without an answer (failed), those
@@ -51,20 +52,20 @@ _M.MARK_ENDED_AT = 11
 local SLOTS = 512
 local NUMBERS, SHARED_NUMBERS = 8, 16
 -- Cells begin on cache lines.
-local EPOCH, SHARED = 0, 8
+local EPOCH, TABLE, REVISION, SHARED = 0, 1, 2, 8
 local ALL_SLOTS = SHARED + SHARED_NUMBERS * _M.CELLS
 local PID, START, FIRST = 0, 1, 8
 local STRIDE = FIRST + NUMBERS * _M.CELLS
 
 local memory, slots
 
---- Attaches to the memory, making it when `dict` does not know it yet. Called by the master for each configuration.
-function _M.attach(dict)
-  local address = dict:get("memory")
-  if not address then
-    address = system.share_memory((ALL_SLOTS + SLOTS * STRIDE) * ffi.sizeof("double"))
-    assert(dict:safe_set("memory", address))
-  end
+--- Makes the memory, all zeros. Returns its address.
+function _M.reserve()
+  return system.share_memory((ALL_SLOTS + SLOTS * STRIDE) * ffi.sizeof("double"))
+end
+
+--- Attaches to the memory at `address`. Called by the master for each configuration.
+function _M.attach(address)
   memory = ffi.cast("double *", address)
   slots = memory + ALL_SLOTS
 end
@@ -73,8 +74,12 @@ local function is_used(slot)
   return slots[slot * STRIDE + PID] ~= 0
 end
 
-local function owner_lives(slot)
-  return system.start_time(slots[slot * STRIDE + PID]) == slots[slot * STRIDE + START]
+local function owner_of(slot)
+  return { pid = slots[slot * STRIDE + PID], start = slots[slot * STRIDE + START] }
+end
+
+local function lives(owner)
+  return system.start_time(owner.pid) == owner.start
 end
 
 -- Slots are used from the first on and never given back, so the first unused one ends them.
@@ -107,7 +112,7 @@ function _M.claim(pid)
   local mine, used
   for slot in each_used() do
     used = slot
-    if not owner_lives(slot) then
+    if not lives(owner_of(slot)) then
       settle(slot)
       mine = mine or slot
     end
@@ -122,16 +127,28 @@ function _M.claim(pid)
   return slots + start
 end
 
---- The living workers: {slots = {slot…}, pids = {pid…}}, those that shut down included.
+--- The living workers: {slots = {slot…}, pids = {pid…}, owners = {{pid, start}…}}, those that shut down included.
 function _M.living()
-  local living = { slots = {}, pids = {} }
+  local living = { slots = {}, pids = {}, owners = {} }
   for slot in each_used() do
-    if owner_lives(slot) then
+    local owner = owner_of(slot)
+    if lives(owner) then
       table.insert(living.slots, slot)
-      table.insert(living.pids, slots[slot * STRIDE + PID])
+      table.insert(living.pids, owner.pid)
+      table.insert(living.owners, owner)
     end
   end
   return living
+end
+
+--- Does one of these owners of slots live still?
+function _M.any_lives(owners)
+  for _, owner in ipairs(owners) do
+    if lives(owner) then
+      return true
+    end
+  end
+  return false
 end
 
 -- Exact where no picks come any more. Elsewhere a try may begin and end between the two reads, and make them differ
@@ -139,6 +156,16 @@ end
 local function in_flight(slot, cell)
   local at = slot * STRIDE + FIRST + NUMBERS * cell
   return math.max(0, slots[at + _M.BEGUN] - slots[at + _M.ENDED])
+end
+
+--- How many cells were ever used: all behind them are new.
+function _M.used_cells()
+  for cell = _M.CELLS - 1, 0, -1 do
+    if _M.totals(cell).requests > 0 then
+      return cell + 1
+    end
+  end
+  return 0
 end
 
 --- Requests in flight at a cell's server, over the given slots.
@@ -192,6 +219,24 @@ function _M.clear_shared(cell, now)
     memory[i] = 0
   end
   memory[at + _M.PARDONED] = now
+end
+
+--- The number of the table in force, one higher than that of the table before; 0 before the first. Read at each pick.
+function _M.table_number()
+  return memory[TABLE]
+end
+
+--- Its revision, which the daemon gave it; 0 without a table.
+function _M.revision()
+  return memory[REVISION]
+end
+
+--- Puts a table in force. Who then reads its number or revision and, behind a barrier, the counters, sees every pick
+-- that used an older one.
+function _M.put_in_force(number, revision)
+  memory[TABLE] = number
+  system.barrier()
+  memory[REVISION] = revision
 end
 
 --- What changes with each ejection and pardon; compare with what you saw last.

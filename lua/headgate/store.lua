@@ -1,6 +1,6 @@
--- The table that all workers share: published whole under a revision, in two shared dicts. `headgate_table` holds the
--- blobs and may fill up; `headgate_state` holds the few small things that must always find room (revision, boot id,
--- starts of ramps, lock).
+-- The table that all workers share, published whole. Which one is in force stands in shared memory (stats.lua), the
+-- rest in two shared dicts: `headgate_table` holds the blobs and may fill up; `headgate_state` holds the few small
+-- things that must always find room (boot id, starts of ramps, lock).
 --
 -- A blob is the validated table, made ready for the workers: each server has its cell of counters (stats.lua) and its
 -- ramp (warm_up.lua) and the blob lists cells whose server has left the table.
@@ -18,16 +18,13 @@ local blobs = ngx.shared.headgate_table
 local state = ngx.shared.headgate_state
 _M.state = state
 
+--- The upstream of what is in flight at a server that nobody knows any more.
+_M.NOBODY = ""
+
 --- Runs `work(...)` while no other process runs one; `pause(seconds)` waits for a turn. Returns what `work` returns,
 -- or nil, "busy".
 function _M.exclusive(pause, work, ...)
   return lock.hold("table", 5, pause, work, ...)
-end
-
---- The revision of the current table, nil without one.
--- The dict's lock is a full memory barrier, which balancer.lua relies on.
-function _M.revision()
-  return state:get("revision")
 end
 
 --- The id of this nginx: made at its start, the same after reloads.
@@ -35,32 +32,66 @@ function _M.boot()
   return state:get("boot")
 end
 
+local function blob_key(number)
+  return "table:" .. number
+end
+
+-- What both dicts know, since a reload that changes the size of one empties it.
+local function kept(key, make)
+  local value = state:get(key) or blobs:get(key) or make()
+  assert(state:safe_set(key, value))
+  assert(blobs:safe_set(key, value))
+  return value
+end
+
+-- Goes on without the blob, which was lost, and with it which server has which cell. The workers of the former
+-- configuration go on with their table until they end. So long all cells that were ever used stay theirs, and what is
+-- in flight there is nobody's. The counters begin anew in other cells, hence another boot id.
+local function forget_table()
+  local used, left = stats.used_cells(), {}
+  for cell = 0, used - 1 do
+    table.insert(left, { upstream = _M.NOBODY, key = tostring(cell), cell = cell })
+  end
+  local number = stats.table_number() + 1
+  local blob = { revision = 0, upstreams = {}, free = {}, left = left, next_cell = used }
+  blob.former = stats.living().owners
+  assert(blobs:safe_set(blob_key(number), assert(cjson.encode(blob))))
+  stats.put_in_force(number, 0)
+  state:safe_set("boot", system.random_hex(16))
+  return true
+end
+
 --- Called by the master for each configuration. A reload that brings another layout of the shared memory begins as a
 -- restart does: from the snapshot, under a new boot id.
 function _M.attach()
-  if state:get("layout") ~= stats.LAYOUT then
+  if (state:get("layout") or blobs:get("layout")) ~= stats.LAYOUT then
     state:flush_all()
     blobs:flush_all()
-    assert(state:safe_set("layout", stats.LAYOUT))
   end
-  stats.attach(state)
+  kept("layout", function() return stats.LAYOUT end)
+  stats.attach(kept("memory", stats.reserve))
   state:safe_add("boot", system.random_hex(16))
+  local number = stats.table_number()
+  if number > 0 and not blobs:get(blob_key(number)) then
+    -- Where the lock's owner was killed inside, it is better to go on without it than without a table.
+    if not _M.exclusive(function(seconds) system.pause(seconds * 1000) end, forget_table) then
+      forget_table()
+    end
+  end
 end
 
---- The current blob, decoded, or nil without one.
+--- The blob in force, decoded, or nil without one; and its number. A number without a blob is seen by the workers of a
+-- former configuration only, when a reload has changed the size of their dict: they have the old one.
 function _M.current()
   -- Between the two reads a newer table may replace this one and remove its blob.
   for _ = 1, 100 do
-    local revision = state:get("revision")
-    if not revision then
-      return nil
-    end
-    local blob = blobs:get("table:" .. revision)
+    local number = stats.table_number()
+    local blob = number > 0 and blobs:get(blob_key(number))
     if blob then
-      return assert(cjson.decode(blob))
+      return assert(cjson.decode(blob)), number
     end
   end
-  error("headgate: the table of the current revision is missing from the shared dict")
+  return nil, stats.table_number()
 end
 
 --- Key under which the moment of a waiting ramp's first request is kept.
@@ -111,15 +142,17 @@ end
 
 -- Gives every server of `new` a cell: its own from `old` (also when it had left and still has requests in flight),
 -- else a free one. A cell is freed when its server has left in an earlier table and nothing is in flight: the newer
--- revision was read after every pick that used the older one, so none can come any more. Counts of a cell's former
--- server are kept in `before`. Returns whether there was room, and the cells whose ejections are to be forgotten: those
--- of new and of forgiven servers.
+-- table was seen after every pick that used the older one, so none can come any more, but from `former` workers, who
+-- do not see it. Counts of a cell's former server are kept in `before`. Returns whether there was room, and the cells
+-- whose ejections are to be forgotten: those of new and of forgiven servers.
 local function assign_cells(new, old)
   local living = stats.living().slots
   local cells, forgiven = {}, {}
   new.free, new.left, new.next_cell = old.free, {}, old.next_cell
+  new.former = old.former and stats.any_lives(old.former) and old.former or nil
   for _, entry in ipairs(old.left) do
-    if stats.in_flight(entry.cell, living) == 0 then
+    local kept_for_former = new.former and entry.upstream == _M.NOBODY
+    if not kept_for_former and stats.in_flight(entry.cell, living) == 0 then
       table.insert(new.free, entry.cell)
     else
       cells[index_of(entry.upstream, entry.key)] = entry
@@ -193,11 +226,18 @@ local function assign_ramps(new, old, now)
 end
 
 --- Makes `document`, a valid table, the current one; `digest` names its text. The caller holds the lock, or is alone.
--- Returns true, or nil and "stale" (not newer than the current one), "full" (no room; the old table stays).
+-- Returns true, or nil and "stale" (not newer than the current one), "full" (no room; the old table stays), "busy"
+-- (this worker is of a former configuration and has no part in the tables any more).
 -- The very table that is current already is taken as published.
 function _M.publish(document, digest)
-  local old = _M.current() or { revision = 0, upstreams = {}, free = {}, left = {}, next_cell = 0 }
+  local old, number = _M.current()
+  if not old and number > 0 then
+    return nil, "busy"
+  end
+  old = old or { revision = 0, upstreams = {}, free = {}, left = {}, next_cell = 0 }
   if document.revision == old.revision and digest == old.digest then
+    -- A worker that was killed while it did this may have left it half done.
+    stats.put_in_force(number, document.revision)
     return true
   end
   if document.revision <= old.revision then
@@ -209,12 +249,12 @@ function _M.publish(document, digest)
     return nil, "full"
   end
   local forgotten = assign_ramps(document, old, system.monotonic())
-  if not blobs:safe_set("table:" .. document.revision, assert(cjson.encode(document))) then
+  if not blobs:safe_set(blob_key(number + 1), assert(cjson.encode(document))) then
     return nil, "full"
   end
   ejection.forgive(forgiven)
-  assert(state:safe_set("revision", document.revision))
-  blobs:delete("table:" .. old.revision)
+  stats.put_in_force(number + 1, document.revision)
+  blobs:delete(blob_key(number))
   for key in pairs(forgotten) do
     state:delete(key)
   end

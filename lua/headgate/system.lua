@@ -1,5 +1,5 @@
--- What Headgate needs from the operating system, through FFI: a monotonic clock, memory shared by all workers,
--- processes, the fate of a unix socket. Nothing about balancing belongs here.
+-- What Headgate needs from the machine and the operating system, through FFI: a monotonic clock, memory shared by all
+-- workers, its order, processes, the fate of a unix socket. Nothing about balancing belongs here.
 local ffi = require("ffi")
 local base = require("resty.core.base")
 
@@ -15,6 +15,8 @@ int headgate_close(int fd) __asm__("close");
 int headgate_unlink(const char *path) __asm__("unlink");
 int headgate_poll(void *fds, unsigned long count, int milliseconds) __asm__("poll");
 extern uintptr_t ngx_test_config;
+struct headgate_mutex { volatile uintptr_t *word; uintptr_t rest[7]; };
+uintptr_t headgate_try_lock(struct headgate_mutex *mutex) __asm__("ngx_shmtx_trylock");
 ]])
 
 local C = ffi.C
@@ -44,6 +46,20 @@ function _M.share_memory(bytes)
   end
   return tonumber(ffi.cast("intptr_t", address))
 end
+
+local word = ffi.new("uintptr_t[1]")
+local mutex = ffi.new("struct headgate_mutex", { word = word })
+
+--- A full memory barrier: what this process has written before, all others see before it reads anything behind.
+-- Lua has none. nginx's own lock is one where it is taken, by its atomic compare-and-set; this process alone has this
+-- lock, so that no other waits for it.
+function _M.barrier()
+  word[0] = 0
+  C.headgate_try_lock(mutex)
+end
+
+_M.barrier()
+assert(word[0] ~= 0, "headgate: this nginx is built without atomic operations, or its locks are made otherwise")
 
 --- When process `pid` started, in clock ticks since boot (proc(5), stat field 22); nil when there is no such process.
 -- A pid alone is re-used by the kernel; pid and start time together are not.

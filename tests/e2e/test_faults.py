@@ -224,13 +224,36 @@ def who(stage: Stage) -> str:
         return str(answer.headers["X-Served-By"])
 
 
+def ask(stage: Stage, path: str) -> str:
+    """What the API's socket answers; nothing where the status is an error."""
+    words = ["curl", "-sf", "--unix-socket", str(stage.prefix / "api.sock"), f"http://x/{path}"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+
 def ready(stage: Stage) -> bool:
     """Whether /readyz says that nothing is wrong."""
-    asked = subprocess.run(
-        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket", str(stage.prefix / "api.sock"), "http://x/readyz"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return asked.stdout == "200"
+    return ask(stage, "readyz") != ""
+
+
+def test_an_enlarged_dict_of_tables_keeps_the_drain_and_waits_for_what_is_in_flight(stage: Stage) -> None:
+    first, second = stage.addresses[:2]
+    assert command(stage, "drain", UPSTREAM, first, "--wait").returncode == 0
+    slow = subprocess.Popen(["curl", "-s", "-o", "/dev/null", f"{stage.url}/slow?seconds=8"])
+    try:
+        wait(stage, "a request in flight", lambda: any(server(stage, a)["in_flight"] for a in stage.addresses))
+        include, old = stage.prefix / "headgate.conf", stage.nginx_workers()
+        include.write_text(include.read_text().replace("headgate_table 8m", "headgate_table 16m"))
+        stage.nginx.send_signal(signal.SIGHUP)
+        wait(stage, "new workers", lambda: stage.nginx_workers() - old)
+        unknown = f'headgate_upstream_native_in_flight{{upstream="{UPSTREAM}"}} 1.0'
+        wait(stage, "nginx seen anew", lambda: unknown in ask(stage, "metrics"))
+        assert first not in {who(stage) for _ in range(30)}
+        assert slow.poll() is None
+        assert command(stage, "drain", UPSTREAM, second, "--wait").returncode == 0
+        assert slow.wait(2) == 0, "the drain waited for the request, wherever it was"
+    finally:
+        slow.kill()
+        slow.wait()
 
 
 def test_requests_of_a_killed_nginx_worker_no_longer_count_as_in_flight(stage: Stage) -> None:

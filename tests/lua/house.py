@@ -24,7 +24,8 @@ class Backend:
 
     `/hold` answers when released, `/stream` sends a first byte and ends when released, `/fail` answers 503, `/broken`
     closes the connection, `/accel` redirects internally to /static, `/websocket` echoes, all else answers the port.
-    `fault` makes it behave as on that path whatever is asked for, `headers` are added to its plain answers.
+    `fault` makes it behave as on that path whatever is asked for, a held request when it is released; `headers` are
+    added to its plain answers.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Backend:
                     await response.write(b"last")
                     return response
                 await self.release.wait()
+                path = self.fault or path
             finally:
                 self.holding -= 1
         if path == "/broken":

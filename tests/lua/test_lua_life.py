@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pwd
@@ -10,16 +11,26 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controller.adapters.nginx.lua import LuaPlane
-from tests.lua.house import edge, server, table, warm_up
+from tests.lua.house import Edge, edge, eventually, server, table, warm_up
 from tests.support.nginx import MODULES, ROOT, Nginx, free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
+
+
+def no_native(app: Edge) -> Callable[[], Coroutine[None, None, bool]]:
+    """A condition: no request is in flight at a server that nobody knows."""
+
+    async def none() -> bool:
+        return (await app.counters()).native == {"app": 0}
+
+    return none
 
 
 def files(directory: Path) -> set[Path]:
@@ -114,6 +125,100 @@ async def test_a_reload_into_code_with_another_layout_of_memory_begins_from_the_
         assert (after.revision, after.boot != before.boot) == (before.revision, True)
         assert (await app.peer(first)).requests == 0
         assert set(await app.shares(3)) == {first.port}
+
+
+@pytest.mark.parametrize("name", ["headgate_table", "headgate_state"])
+async def test_a_dict_of_another_size_leaves_the_table_in_force(name: str) -> None:
+    async with edge(2, workers=2) as app:
+        first, second = app.backends
+        await app.publish([server(first.port), server(second.port, state="drain")])
+        size = "8m" if name == "headgate_table" else "1m"
+        app.nginx.edit = lambda text: text.replace(f"{name} {size}", f"{name} 16m")
+        app.nginx.write()
+        old = app.nginx.reload()
+        await eventually(lambda: not set(old) & set(app.nginx.workers()), "the old workers end")
+        assert set(await app.shares(6, one_shot=True)) == {first.port}
+        assert (await app.plane.status()).revision == 1
+        assert app.nginx.errors() == []
+        await app.publish([server(first.port, state="drain"), server(second.port)])
+        assert set(await app.shares(6, one_shot=True)) == {second.port}
+
+
+def enlarge_tables(app: Edge) -> list[int]:
+    """Reload into a larger dict for tables; the old workers, which may still have requests."""
+    app.nginx.edit = lambda text: text.replace("headgate_table 8m", "headgate_table 16m")
+    app.nginx.write()
+    return app.nginx.reload()
+
+
+async def test_a_drain_waits_for_what_was_in_flight_when_the_dict_of_tables_was_enlarged() -> None:
+    async with edge(2, workers=2) as app:
+        first, second = app.backends
+        await app.publish([server(first.port), server(second.port, state="drain")])
+        held = asyncio.create_task(app.get("/hold"))
+        await eventually(lambda: first.holding, "a request is held")
+        boot = (await app.plane.status()).boot
+        enlarge_tables(app)
+        assert (await app.plane.status()).boot != boot
+        assert (await app.counters()).native == {"app": 1}
+        for revision in range(3):
+            await app.publish([server(first.port, state="drain"), server(second.port)])
+            assert set(await app.shares(6, one_shot=True)) == {second.port}, revision
+            assert (await app.counters()).native == {"app": 1}
+        first.release.set()
+        assert await held == (200, str(first.port))
+        await eventually(no_native(app), "nothing is in flight")
+        assert app.nginx.errors() == []
+
+
+async def test_an_old_worker_goes_on_with_its_table_when_the_dict_of_tables_was_enlarged() -> None:
+    async with edge(3) as app:
+        first, second, third = app.backends
+        servers = [server(first.port), server(second.port, weight=0.001), server(third.port, state="drain")]
+        await app.publish(servers)
+        held = asyncio.create_task(app.get("/hold"))
+        await eventually(lambda: first.holding + second.holding, "a request is held")
+        enlarge_tables(app)
+        await app.publish([server(first.port), server(second.port, state="drain"), server(third.port)])
+        first.fault = "/broken"
+        for backend in app.backends:
+            backend.release.set()
+        assert await held == (200, str(second.port)), "the other server of the table that it has"
+        await eventually(no_native(app), "nothing is in flight")
+
+
+async def test_cells_of_old_workers_are_free_again_when_these_have_ended() -> None:
+    async with edge(1) as app:
+        (only,) = app.backends
+        await app.publish([server(only.port)])
+        held = asyncio.create_task(app.get("/hold"))
+        await eventually(lambda: only.holding, "a request is held")
+        old = enlarge_tables(app)
+        for number in range(3):
+            await app.publish([server(only.port), server(1, key=f"new-{number}", state="drain")])
+        assert (await app.counters()).native == {"app": 1}, "no server has the cell of the held request"
+        only.release.set()
+        assert (await held)[0] == 200
+        await app.session.close()
+        await eventually(lambda: not set(old) & set(app.nginx.workers()), "the old workers end")
+        await app.publish([server(only.port)])
+        assert (await app.counters()).native == {"app": 0}
+
+
+async def test_a_publication_that_a_killed_worker_left_half_done_is_finished_by_the_next_try() -> None:
+    forge = """location = /forge { content_by_lua_block {
+        local stats = require("headgate.stats")
+        stats.put_in_force(stats.table_number(), 1)
+    } }"""
+    async with edge(1, extra=forge) as app:
+        (only,) = app.backends
+        for _ in range(2):
+            await app.publish([server(only.port)])
+        await app.get("/forge")
+        assert (await app.plane.status()).revision == 1, "the worker came as far as the table, not to its revision"
+        app.revision = 1
+        await app.publish([server(only.port)])
+        assert (await app.plane.status()).revision == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format":2}', "directory", "unreadable"])
