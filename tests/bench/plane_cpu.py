@@ -1,10 +1,14 @@
 """CPU that a balancer's worker spends on one proxied request: native nginx, the Lua plane with everything on, HAProxy.
 
-The three take turns within one run on the same backend; each figure is the median over the rounds, and what counts are
-the ratios to native nginx, each within one round. CPU is the worker's time on a processor as the kernel accounts it
+All are loaded in one run on the same backend, in slices of some hundredths of a second, one after the other: a machine
+that is slower for a second is so for all of them. Each figure is the median over the rounds, and what counts are the
+ratios to native nginx, each within one round. CPU is the worker's time on a processor as the kernel accounts it
 (schedstat, nanoseconds), not throughput: it is steady where throughput is not. The worker has a processor to itself:
 where it shares one with its clients, what a request costs depends on how many of them are served at one waking.
 Needs nginx with the Lua module, haproxy and wrk.
+
+Between native nginx and the Lua plane stand two rows that no balancer in Lua can do better than: native nginx with the
+two hooks that such a balancer needs, both empty, and a hook that does nothing but set the peer.
 
     python -m tests.bench.plane_cpu [--servers 4] [--rounds 15] [--seconds 1] [--ways]
 
@@ -22,9 +26,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,8 +39,13 @@ from typing import Any
 
 from tests.support.nginx import Nginx, free_port, missing_parts, wait_until
 
+EMPTY = "balancer_by_lua_block { }"
+EMPTY_LOG = "log_by_lua_block { }"
 BARE = 'balancer_by_lua_block {{ require("ngx.balancer").set_current_peer("{ip}", {port}) }}'
 BACKEND = 'server {{ listen {port}; keepalive_requests 1000000000; location / {{ return 200 "ok"; }} }}'
+
+
+SLICE = 0.03  # seconds
 
 
 @dataclass(frozen=True)
@@ -178,18 +189,46 @@ def cpu_seconds(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def measure(target: Target, seconds: int, connections: int = 16) -> float:
-    """Microseconds of the target's CPU per request under load from keep-alive connections; all must succeed."""
-    before = cpu_seconds(target.pid)
+def load(target: Target, seconds: int, connections: int = 16) -> subprocess.Popen[str]:
+    """wrk on the target's port, over keep-alive connections, for so many seconds from now."""
     script = ["-s", target.script] if target.script else []
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", *script, f"http://127.0.0.1:{target.port}/"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    after = cpu_seconds(target.pid)
-    if "Non-2xx" in done or "Socket errors" in done:
-        raise RuntimeError(f"{target.name}: {done}")
-    requests = re.search(r"(\d+) requests in", done)
-    assert requests is not None, done
-    return (after - before) / int(requests[1]) * 1e6
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def requests_of(target: Target, said: str) -> int:
+    """How many requests wrk says that it has made; all must have succeeded."""
+    if "Non-2xx" in said or "Socket errors" in said:
+        raise RuntimeError(f"{target.name}: {said}")
+    requests = re.search(r"(\d+) requests in", said)
+    assert requests is not None, said
+    return int(requests[1])
+
+
+def one_round(targets: list[Target], seconds: int) -> list[float]:
+    """Microseconds of each target's CPU per request, of all in turns by slices, so many seconds for each."""
+    loads = [load(target, seconds * len(targets)) for target in targets]
+    spent, counted = [0.0] * len(targets), [0] * len(targets)
+    try:
+        for each in loads:
+            each.send_signal(signal.SIGSTOP)
+        end, ending = time.monotonic() + seconds * len(targets), False
+        while not ending:
+            ending = time.monotonic() > end
+            for i, (target, each) in enumerate(zip(targets, loads, strict=True)):
+                before = cpu_seconds(target.pid)
+                each.send_signal(signal.SIGCONT)
+                if ending:
+                    counted[i] = requests_of(target, each.communicate()[0])
+                else:
+                    time.sleep(SLICE)
+                    each.send_signal(signal.SIGSTOP)
+                spent[i] += cpu_seconds(target.pid) - before
+    finally:
+        for each in loads:
+            each.kill()
+            each.wait()
+    return [used / requests * 1e6 for used, requests in zip(spent, counted, strict=True)]
 
 
 def answers(port: int) -> bool:
@@ -202,13 +241,15 @@ def answers(port: int) -> bool:
 
 
 def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
-    """Measure them in turns; rows in the order native, a hook that does nothing but set the peer, lua, haproxy."""
+    """Measure them in turns; rows in the order native, empty hooks, a hook that only sets the peer, lua, haproxy."""
     ips, backend = addresses(servers), free_port()
-    ports = [free_port() for _ in range(4)]
+    ports = [free_port() for _ in range(5)]
     hook = 'balancer_by_lua_block { require("headgate").balance("app") }'
     with contextlib.ExitStack() as stack:
         answering = stack.enter_context(Nginx(BACKEND.format(port=backend), workers=1, plane=False))
         native = stack.enter_context(Nginx(nginx_http(ips, backend, ports[0], ""), workers=1, plane=False))
+        hooks = f"{EMPTY_LOG}\n{nginx_http(ips, backend, ports[4], EMPTY)}"
+        empty = stack.enter_context(Nginx(hooks, workers=1, plane=False))
         setting = nginx_http(ips, backend, ports[3], BARE.format(ip=ips[0], port=backend))
         bare = stack.enter_context(Nginx(setting, workers=1))
         lua = Nginx(nginx_http(ips, backend, ports[1], hook), workers=1)
@@ -217,6 +258,7 @@ def compare(servers: int = 4, rounds: int = 15, seconds: int = 1) -> list[Row]:
         proxy = stack.enter_context(haproxy([f"{ip}:{backend}" for ip in ips], ports[2]))
         targets = [
             Target("native nginx", ports[0], native.workers()[0]),
+            Target("native nginx with two empty hooks", ports[4], empty.workers()[0]),
             Target("a hook that only sets the peer", ports[3], bare.workers()[0]),
             Target("Lua plane", ports[1], lua.workers()[0]),
             Target("HAProxy", ports[2], proxy),
@@ -271,10 +313,10 @@ def _in_turns(targets: list[Target], rounds: int, seconds: int, lua: Nginx, back
     with apart({target.pid for target in targets}, backend.workers()):
         for target in targets:
             wait_until(lambda port=target.port: answers(port), f"{target.name} answers")  # type: ignore[misc]
-            measure(target, 1)
-        for _ in range(rounds):
-            for target in targets:
-                figures[target.name].append(measure(target, seconds))
+        for number in range(-1, rounds):
+            for target, value in zip(targets, one_round(targets, seconds), strict=True):
+                if number >= 0:  # the round before the first warms up
+                    figures[target.name].append(value)
     if lua.errors():
         raise RuntimeError("\n".join(lua.errors()))
     return figures

@@ -94,7 +94,7 @@ class Nginx:
         (self.prefix / "nginx.conf").write_text(
             f'load_module "{MODULES}/ndk_http_module.so";\nload_module "{MODULES}/ngx_http_lua_module.so";\n'
             f'{account}\nworker_processes {self.workers_wanted};\npid "{self.prefix}/nginx.pid";\n'
-            f'error_log "{self.error_log}" notice;\n{self.main}\nevents {{ worker_connections 4096; }}\n'
+            f'error_log "{self.error_log}" notice;\n{self.main}\nevents {{ worker_connections 8192; }}\n'
             f"http {{\n    access_log off;\n{temp}\n    {include}\n{self.http}\n}}\n"
         )
         if self.user is not None:
