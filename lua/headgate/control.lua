@@ -120,11 +120,13 @@ local function counters_body(only)
     upstreams[name] = upstreams[name] or {}
     upstreams[name][server.key] = body
   end
+  local strangers = store.strangers()
   for name, upstream in pairs(blob.upstreams) do
     for _, server in ipairs(upstream.servers) do
       add(name, server)
     end
-    natives[name] = (not only or only == name) and native.in_flight(name, living.pids) or nil
+    -- A stranger may have requests anywhere: it counts as one.
+    natives[name] = (not only or only == name) and native.in_flight(name, living.pids) + strangers or nil
   end
   for _, entry in ipairs(blob.left) do
     local in_flight = stats.in_flight(entry.cell, living.slots)

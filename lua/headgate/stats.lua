@@ -79,7 +79,7 @@ local function owner_of(slot)
 end
 
 local function lives(owner)
-  return system.start_time(owner.pid) == owner.start
+  return system.count_living({ owner }) == 1
 end
 
 -- Slots are used from the first on and never given back, so the first unused one ends them.
@@ -139,16 +139,6 @@ function _M.living()
     end
   end
   return living
-end
-
---- Does one of these owners of slots live still?
-function _M.any_lives(owners)
-  for _, owner in ipairs(owners) do
-    if lives(owner) then
-      return true
-    end
-  end
-  return false
 end
 
 -- Exact where no picks come any more. Elsewhere a try may begin and end between the two reads, and make them differ

@@ -69,7 +69,10 @@ function _M.attach()
     blobs:flush_all()
   end
   kept("layout", function() return stats.LAYOUT end)
-  stats.attach(kept("memory", stats.reserve))
+  stats.attach(kept("memory", function()
+    state:set("strangers", cjson.encode(system.other_workers()))
+    return stats.reserve()
+  end))
   state:safe_add("boot", system.random_hex(16))
   local number = stats.table_number()
   if number > 0 and not blobs:get(blob_key(number)) then
@@ -78,6 +81,11 @@ function _M.attach()
       forget_table()
     end
   end
+end
+
+--- How many workers live whose requests this memory does not count, since they began before it was made.
+function _M.strangers()
+  return system.count_living(cjson.decode(state:get("strangers") or "[]"))
 end
 
 --- The blob in force, decoded, or nil without one; and its number. A number without a blob is seen by the workers of a
@@ -149,7 +157,7 @@ local function assign_cells(new, old)
   local living = stats.living().slots
   local cells, forgiven = {}, {}
   new.free, new.left, new.next_cell = old.free, {}, old.next_cell
-  new.former = old.former and stats.any_lives(old.former) and old.former or nil
+  new.former = old.former and system.count_living(old.former) > 0 and old.former or nil
   for _, entry in ipairs(old.left) do
     local kept_for_former = new.former and entry.upstream == _M.NOBODY
     if not kept_for_former and stats.in_flight(entry.cell, living) == 0 then

@@ -61,27 +61,61 @@ end
 _M.barrier()
 assert(word[0] ~= 0, "headgate: this nginx is built without atomic operations, or its locks are made otherwise")
 
---- When process `pid` started, in clock ticks since boot (proc(5), stat field 22); nil when there is no such process.
--- A pid alone is re-used by the kernel; pid and start time together are not.
-function _M.start_time(pid)
-  local file = io.open("/proc/" .. pid .. "/stat", "r")
-  if not file then
-    return nil
+-- The text of a file in a process's directory, "" where there is none.
+local function of_process(pid, name)
+  local file = io.open("/proc/" .. pid .. "/" .. name, "r")
+  local text = file and file:read("*a")
+  if file then
+    file:close()
   end
-  local stat = file:read("*a")
-  file:close()
+  return text or ""
+end
+
+-- Field `number` (from 4 on) of what proc(5) calls stat; nil when there is no such process.
+local function stat(pid, number)
   -- The command name, field 2, may hold spaces and brackets: fields are counted from its last bracket.
-  local state, rest = (stat or ""):match("^.*%)%s+(%S)%s+(.*)$")
+  local state, rest = of_process(pid, "stat"):match("^.*%)%s+(%S)%s+(.*)$")
   if not state or state == "Z" or state == "X" then
     return nil
   end
   local index = 3
   for field in rest:gmatch("%S+") do
     index = index + 1
-    if index == 22 then
+    if index == number then
       return tonumber(field)
     end
   end
+end
+
+--- When process `pid` started, in clock ticks since boot; nil when there is no such process. A pid alone is re-used by
+-- the kernel; pid and start time together are not.
+function _M.start_time(pid)
+  return stat(pid, 22)
+end
+
+--- How many of these processes, {pid, start}, live still.
+function _M.count_living(processes)
+  local living = 0
+  for _, process in ipairs(processes) do
+    living = living + (_M.start_time(process.pid) == process.start and 1 or 0)
+  end
+  return living
+end
+
+--- The workers that serve beside those that the calling master will make, as a list of {pid, start}: its own of former
+-- configurations, and those of the master whose binary it replaces. Empty where the kernel does not list children.
+function _M.other_workers()
+  local own = tonumber(of_process("self", "stat"):match("^%d+"))
+  local parent = stat(own, 4)
+  local found = {}
+  for _, master in ipairs({ own, of_process(parent, "cmdline"):find("^nginx: master process") and parent or nil }) do
+    for pid in of_process(master, "task/" .. master .. "/children"):gmatch("%d+") do
+      if of_process(pid, "cmdline"):find("^nginx: worker process") then
+        table.insert(found, { pid = tonumber(pid), start = _M.start_time(pid) })
+      end
+    end
+  end
+  return found
 end
 
 --- The kernel's id of this uptime of the machine: monotonic() is comparable within one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import pwd
@@ -185,6 +186,47 @@ async def test_an_old_worker_goes_on_with_its_table_when_the_dict_of_tables_was_
             backend.release.set()
         assert await held == (200, str(second.port)), "the other server of the table that it has"
         await eventually(no_native(app), "nothing is in flight")
+
+
+def enlarge_both(app: Edge) -> list[int]:
+    """Reload into larger dicts; the old workers."""
+    larger = {"headgate_table 8m": "headgate_table 16m", "headgate_state 1m": "headgate_state 2m"}
+    app.nginx.edit = lambda text: functools.reduce(lambda so_far, change: so_far.replace(*change), larger.items(), text)
+    app.nginx.write()
+    return app.nginx.reload()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(enlarge_both, id="both dicts are enlarged"),
+        pytest.param(lambda app: app.nginx.replace_binary(), id="the binary is replaced"),
+    ],
+)
+async def test_a_drain_waits_for_workers_that_count_in_another_memory(how: Callable[[Edge], list[int]]) -> None:
+    async with edge(2, workers=2, as_daemon=True) as app:
+        first, second = app.backends
+        await app.publish([server(first.port), server(second.port, state="drain")])
+        held = asyncio.create_task(app.get("/hold"))
+        await eventually(lambda: first.holding, "a request is held")
+        old = how(app)
+        assert set(await app.shares(6, one_shot=True)) == {first.port}, "the snapshot is in force"
+        await app.publish([server(first.port, state="drain"), server(second.port)])
+        assert set(await app.shares(6, one_shot=True)) == {second.port}
+
+        async def strangers() -> int:
+            return (await app.counters()).native["app"]
+
+        async def one() -> bool:
+            return await strangers() == 1
+
+        await eventually(one, "the idle one of the old workers ends")
+        first.release.set()
+        assert await held == (200, str(first.port))
+        await app.session.close()
+        await eventually(no_native(app), "the old workers have ended")
+        assert not set(old) & set(app.nginx.workers())
+        assert app.nginx.errors() == []
 
 
 async def test_cells_of_old_workers_are_free_again_when_these_have_ended() -> None:

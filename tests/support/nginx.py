@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from controller.adapters.nginx.lua import render_include
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,8 @@ def missing_parts() -> str | None:
 class Nginx:
     """nginx with `http` (text for inside http{}) in a temporary prefix, whose name holds a space on purpose.
 
+    `as_daemon`: it leaves its parent, as on a host, without which it replaces no binary.
+
     A context manager: it starts nginx, and leaves nothing behind. `plane` includes Headgate's data plane, `edit` may
     change the include's text, `main` is text for the top level, `user` runs all as that account (needs root).
     """
@@ -62,14 +66,16 @@ class Nginx:
         user: str | None = None,
         edit: Callable[[str], str] = lambda text: text,
         main: str = "",
+        as_daemon: bool = False,
     ) -> None:
         self.prefix = Path(tempfile.mkdtemp(prefix="headgate nginx "))
         self.socket = self.prefix / "run" / "nginx.sock"
         self.snapshot = self.prefix / "table.json"
         self.error_log = self.prefix / "error.log"
         self.http, self.main, self.edit = http, main, edit
-        self.workers_wanted, self.plane, self.user = workers, plane, user
+        self.workers_wanted, self.plane, self.user, self.as_daemon = workers, plane, user, as_daemon
         self.process: subprocess.Popen[bytes] | None = None
+        self.daemon: psutil.Process | None = None
         (self.prefix / "run").mkdir(mode=0o700)
         (self.prefix / "temp").mkdir()
         self.lua = ROOT / "lua"
@@ -105,7 +111,11 @@ class Nginx:
     def command(self, *arguments: str) -> list[str]:
         """The nginx command line on this prefix."""
         places = {"-p": self.prefix, "-c": self.prefix / "nginx.conf", "-e": self.error_log}
-        return ["nginx", *(str(word) for place in places.items() for word in place), *arguments]
+        return [
+            shutil.which("nginx") or "nginx",
+            *(str(word) for place in places.items() for word in place),
+            *arguments,
+        ]
 
     def _account(self) -> dict[str, Any]:
         if self.user is None:
@@ -120,10 +130,14 @@ class Nginx:
     def start(self) -> Nginx:
         """Start nginx and wait until every worker runs; RuntimeError with its messages if it does not."""
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **self._account()}
-        self.process = process = subprocess.Popen(self.command("-g", "daemon off;"), **options)
+        words = () if self.as_daemon else ("-g", "daemon off;")
+        self.process = process = subprocess.Popen(self.command(*words), **options)
+        if self.as_daemon and process.wait(10) == 0:
+            wait_until(self._pid_file, "nginx writes its pid")
+            self.daemon = psutil.Process(self._pid_file())
 
         def up() -> bool:
-            if process.poll() is not None:
+            if process.poll() is not None and not self.daemon:
                 assert process.stderr is not None
                 raise RuntimeError("nginx did not start: " + process.stderr.read().decode())
             return len(self.workers()) == self.workers_wanted and (not self.plane or self.socket.exists())
@@ -138,14 +152,20 @@ class Nginx:
     def children(self) -> list[int]:
         """The pids of all processes that the master has made."""
         assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        master = (self.daemon or self.process).pid
+        children = Path(f"/proc/{master}/task/{master}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+    def _pid_file(self) -> int:
+        """The pid in nginx's pid file, 0 where there is none."""
+        file = self.prefix / "nginx.pid"
+        return int(file.read_text() or 0) if file.exists() else 0
 
     def reload(self) -> list[int]:
         """HUP, and wait until a full set of new workers runs; return the old ones, which may still be shutting down."""
         assert self.process is not None
         old = set(self.workers())
-        self.process.send_signal(signal.SIGHUP)
+        (self.daemon or self.process).send_signal(signal.SIGHUP)
         wait_until(lambda: len(set(self.workers()) - old) == self.workers_wanted, "nginx reloads")
         wait_until(
             lambda: all(b"shutting down" in _command_line(pid) for pid in set(self.workers()) & old),
@@ -153,11 +173,30 @@ class Nginx:
         )
         return sorted(old)
 
+    def replace_binary(self) -> list[int]:
+        """As the upgrade of a package does: USR2, and QUIT to the old master as soon as the new one serves.
+
+        Return the old workers, which may still have requests.
+        """
+        assert self.daemon is not None
+        old, master = self.workers(), self.daemon
+        master.send_signal(signal.SIGUSR2)
+        wait_until(lambda: self._pid_file() not in (0, master.pid), "a new master")
+        self.daemon = psutil.Process(self._pid_file())
+        wait_until(lambda: len(self.workers()) == self.workers_wanted, "its workers")
+        master.send_signal(signal.SIGQUIT)
+        wait_until(lambda: all(b"shutting down" in (_command_line(pid) or b"shutting down") for pid in old), "its end")
+        return old
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End the master with a signal and wait; its workers, too, when it is SIGKILL."""
         if self.process is None:
             return
         workers = self.workers()
+        if self.daemon is not None:
+            self.daemon.send_signal(number)
+            self.daemon.wait(10)
+            self.daemon = None
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
