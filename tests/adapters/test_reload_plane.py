@@ -131,7 +131,7 @@ async def test_when_the_proof_does_not_come_the_files_go_back() -> None:
 async def test_when_nginx_has_read_the_files_it_reads_them_again_after_they_went_back() -> None:
     async with reload_edge() as edge:
         await edge.publish(drain(edge))
-        text, stuck, reloads = edge.conf.read_bytes(), edge.nginx.workers()[0], edge.reloads()
+        text, stuck, reloads = edge.conf.read_bytes(), edge.nginx.serving()[0], edge.reloads()
         plane, writer = meddling(edge, reloader=edge.reloader(timeout=1.0))
         applied: list[int] = []
         writer.after = lambda: os.kill(stuck, signal.SIGCONT) if applied else applied.append(1)

@@ -78,7 +78,7 @@ async def test_a_master_that_does_not_react_is_no_proof() -> None:
 
 async def test_an_old_worker_that_goes_on_accepting_is_no_proof() -> None:
     async with reload_edge() as edge:
-        stuck = edge.nginx.workers()[0]
+        stuck = edge.nginx.serving()[0]
         os.kill(stuck, signal.SIGSTOP)
         try:
             with pytest.raises(ReloadFailed, match=f"old workers still accept: {stuck} ") as failed:

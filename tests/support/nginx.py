@@ -149,6 +149,10 @@ class Nginx:
         """The pids of the workers, those that shut down included."""
         return [pid for pid in self.children() if b"worker process" in _command_line(pid)]
 
+    def serving(self) -> list[int]:
+        """The pids of the workers that do not shut down."""
+        return [pid for pid in self.workers() if b"shutting down" not in _command_line(pid)]
+
     def children(self) -> list[int]:
         """The pids of all processes that the master has made."""
         assert self.process is not None
