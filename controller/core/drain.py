@@ -1,7 +1,7 @@
 """The drain table: from requested to empty, or to the deadline with its policy.
 
 A drain is complete by proof, never by waiting: nginx served a table in which the server drains, and its count of
-in-flight requests, read after that, was 0 (the pick counts before it reads the revision again; see docs/data-plane.md).
+in-flight requests, read after that, was 0 (a pick counts before it looks at the table; see docs/data-plane.md).
 """
 
 from __future__ import annotations

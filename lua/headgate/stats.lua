@@ -7,10 +7,10 @@
 -- never lost from a sum, and nothing stays in flight for the dead.
 --
 -- Marks on servers: one cell for each server that any worker may write (streaks of failures, ejections, the mean
--- response time), before them which table is in force, and one number that is changed whenever somebody was ejected or
--- let in again. Ejections are
--- written under a lock. Streaks and means are not: of two workers that write at the same instant one is not seen,
--- which makes a streak one shorter or a mean one answer older, and a number is never torn (8 bytes, aligned).
+-- response time). Before them stands which table is in force, and a number that changes whenever somebody was ejected
+-- or let in again. Ejections are written under a lock. Streaks and means are not: of two workers that write at the same
+-- instant one is not seen, which makes a streak one shorter or a mean one answer older, and a number is never torn (8
+-- bytes, aligned).
 --
 -- The memory is anonymous and made once by the nginx master, which all workers are forked from; its address waits in
 -- the shared dicts for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
