@@ -79,8 +79,8 @@ class PeerCounters:
 class Counters:
     """Counters by upstream and server key, read while nginx served `revision`.
 
-    `native` counts, by upstream, requests in flight whose server nginx does not know: it balanced them by itself, or
-    lost the table by which it did.
+    `native` counts, by upstream, requests in flight whose server nginx does not know: it balanced them by itself,
+    or former workers of it, each counted as one, have them.
     """
 
     boot: str

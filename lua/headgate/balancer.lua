@@ -61,16 +61,11 @@ local children_count = 0
 
 local function load()
   local blob, number = store.current()
-  loaded = number
-  if not blob and number > 0 then
-    -- This worker shuts down, and a new dict has the table: it ends with the one that it has.
-    return
-  end
   local built = {}
   for name, description in pairs(blob and blob.upstreams or {}) do
     built[name] = Upstream.new(name, description, upstreams[name])
   end
-  upstreams = built
+  upstreams, loaded = built, number
 end
 
 -- The path that the client asked for.
@@ -317,7 +312,7 @@ function _M.start()
   local pid = ngx.worker.pid()
   native.start(pid)
   local why
-  counts, why = store.exclusive(function(seconds) system.pause(seconds * 1000) end, stats.claim, pid)
+  counts, why = store.exclusive(system.pause, stats.claim, pid)
   if not counts then
     ngx.log(ngx.ERR, "headgate: worker ", pid, " balances natively, it got no slot of counters: ", why or "all taken")
     return

@@ -129,12 +129,7 @@ local function counters_body(only)
     natives[name] = (not only or only == name) and native.in_flight(name, living.pids) + strangers or nil
   end
   for _, entry in ipairs(blob.left) do
-    local in_flight = stats.in_flight(entry.cell, living.slots)
-    if entry.upstream == store.NOBODY then
-      for name, count in pairs(natives) do
-        natives[name] = count + in_flight
-      end
-    elseif in_flight > 0 then
+    if stats.in_flight(entry.cell, living.slots) > 0 then
       add(entry.upstream, entry)
     end
   end

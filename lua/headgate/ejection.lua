@@ -29,7 +29,7 @@ local STREAKS = {
 local MARKS_SHARE = 0.5
 
 local function exclusive(work, ...)
-  return lock.hold("ejections", 0.25, function(seconds) system.pause(seconds * 1000) end, work, ...)
+  return lock.hold("ejections", 0.25, system.pause, work, ...)
 end
 
 --- Brings `ejected` of an upstream's servers up to date.

@@ -13,7 +13,7 @@
 -- bytes, aligned).
 --
 -- The memory is anonymous and made once by the nginx master, which all workers are forked from; its address waits in
--- the shared dicts for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
+-- a shared dict for the next configuration. So it outlives a reload, as a shared dict does, and costs no lock.
 local ffi = require("ffi")
 local system = require("headgate.system")
 
@@ -74,12 +74,8 @@ local function is_used(slot)
   return slots[slot * STRIDE + PID] ~= 0
 end
 
-local function owner_of(slot)
-  return { pid = slots[slot * STRIDE + PID], start = slots[slot * STRIDE + START] }
-end
-
-local function lives(owner)
-  return system.count_living({ owner }) == 1
+local function owner_lives(slot)
+  return system.start_time(slots[slot * STRIDE + PID]) == slots[slot * STRIDE + START]
 end
 
 -- Slots are used from the first on and never given back, so the first unused one ends them.
@@ -112,7 +108,7 @@ function _M.claim(pid)
   local mine, used
   for slot in each_used() do
     used = slot
-    if not lives(owner_of(slot)) then
+    if not owner_lives(slot) then
       settle(slot)
       mine = mine or slot
     end
@@ -127,15 +123,13 @@ function _M.claim(pid)
   return slots + start
 end
 
---- The living workers: {slots = {slot…}, pids = {pid…}, owners = {{pid, start}…}}, those that shut down included.
+--- The living workers: {slots = {slot…}, pids = {pid…}}, those that shut down included.
 function _M.living()
-  local living = { slots = {}, pids = {}, owners = {} }
+  local living = { slots = {}, pids = {} }
   for slot in each_used() do
-    local owner = owner_of(slot)
-    if lives(owner) then
+    if owner_lives(slot) then
       table.insert(living.slots, slot)
-      table.insert(living.pids, owner.pid)
-      table.insert(living.owners, owner)
+      table.insert(living.pids, slots[slot * STRIDE + PID])
     end
   end
   return living
@@ -146,16 +140,6 @@ end
 local function in_flight(slot, cell)
   local at = slot * STRIDE + FIRST + NUMBERS * cell
   return math.max(0, slots[at + _M.BEGUN] - slots[at + _M.ENDED])
-end
-
---- How many cells were ever used: all behind them are new.
-function _M.used_cells()
-  for cell = _M.CELLS - 1, 0, -1 do
-    if _M.totals(cell).requests > 0 then
-      return cell + 1
-    end
-  end
-  return 0
 end
 
 --- Requests in flight at a cell's server, over the given slots.

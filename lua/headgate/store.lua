@@ -18,88 +18,68 @@ local blobs = ngx.shared.headgate_table
 local state = ngx.shared.headgate_state
 _M.state = state
 
---- The upstream of what is in flight at a server that nobody knows any more.
-_M.NOBODY = ""
-
 --- Runs `work(...)` while no other process runs one; `pause(seconds)` waits for a turn. Returns what `work` returns,
 -- or nil, "busy".
 function _M.exclusive(pause, work, ...)
   return lock.hold("table", 5, pause, work, ...)
 end
 
---- The id of this nginx: made at its start, the same after reloads.
-function _M.boot()
-  return state:get("boot")
-end
-
 local function blob_key(number)
   return "table:" .. number
 end
 
--- What both dicts know, since a reload that changes the size of one empties it.
-local function kept(key, make)
-  local value = state:get(key) or blobs:get(key) or make()
-  assert(state:safe_set(key, value))
-  assert(blobs:safe_set(key, value))
-  return value
-end
-
--- Goes on without the blob, which was lost, and with it which server has which cell. The workers of the former
--- configuration go on with their table until they end. So long all cells that were ever used stay theirs, and what is
--- in flight there is nobody's. The counters begin anew in other cells, hence another boot id.
-local function forget_table()
-  local used, left = stats.used_cells(), {}
-  for cell = 0, used - 1 do
-    table.insert(left, { upstream = _M.NOBODY, key = tostring(cell), cell = cell })
-  end
-  local number = stats.table_number() + 1
-  local blob = { revision = 0, upstreams = {}, free = {}, left = left, next_cell = used }
-  blob.former = stats.living().owners
-  assert(blobs:safe_set(blob_key(number), assert(cjson.encode(blob))))
-  stats.put_in_force(number, 0)
-  state:safe_set("boot", system.random_hex(16))
-  return true
-end
-
---- Called by the master for each configuration. A reload that brings another layout of the shared memory begins as a
--- restart does: from the snapshot, under a new boot id.
-function _M.attach()
-  if (state:get("layout") or blobs:get("layout")) ~= stats.LAYOUT then
-    state:flush_all()
-    blobs:flush_all()
-  end
-  kept("layout", function() return stats.LAYOUT end)
-  stats.attach(kept("memory", function()
-    state:set("strangers", cjson.encode(system.other_workers()))
-    return stats.reserve()
-  end))
-  state:safe_add("boot", system.random_hex(16))
-  local number = stats.table_number()
-  if number > 0 and not blobs:get(blob_key(number)) then
-    -- Where the lock's owner was killed inside, it is better to go on without it than without a table.
-    if not _M.exclusive(function(seconds) system.pause(seconds * 1000) end, forget_table) then
-      forget_table()
-    end
-  end
-end
-
---- How many workers live whose requests this memory does not count, since they began before it was made.
-function _M.strangers()
-  return system.count_living(cjson.decode(state:get("strangers") or "[]"))
-end
-
---- The blob in force, decoded, or nil without one; and its number. A number without a blob is seen by the workers of a
--- former configuration only, when a reload has changed the size of their dict: they have the old one.
+--- The blob in force, decoded, or nil without one; and its number.
 function _M.current()
   -- Between the two reads a newer table may replace this one and remove its blob.
   for _ = 1, 100 do
     local number = stats.table_number()
-    local blob = number > 0 and blobs:get(blob_key(number))
+    if number == 0 then
+      return nil, 0
+    end
+    local blob = blobs:get(blob_key(number))
     if blob then
       return assert(cjson.decode(blob)), number
     end
   end
-  return nil, stats.table_number()
+  error("headgate: the table in force is missing from the shared dict")
+end
+
+local boot
+
+--- The id of this nginx: made at its start, the same after reloads.
+function _M.boot()
+  return boot
+end
+
+-- Attaches to the memory of the configuration before; false where there is none that is whole: at the start of nginx,
+-- and after a reload that emptied a dict by another size, or that brings another layout of the memory.
+local function go_on_in_memory()
+  if state:get("layout") ~= stats.LAYOUT then
+    return false
+  end
+  stats.attach(state:get("memory"))
+  return (pcall(_M.current))
+end
+
+--- Called by the master for each configuration. Where it cannot go on it begins as a restart does: in new memory, from
+-- the snapshot, under a new boot id. The workers of before stay in theirs, with the table that they have.
+function _M.attach()
+  if not go_on_in_memory() then
+    state:flush_all()
+    blobs:flush_all()
+    local address = stats.reserve()
+    stats.attach(address)
+    assert(state:safe_set("memory", address))
+    assert(state:safe_set("strangers", cjson.encode(system.other_workers())))
+    assert(state:safe_set("boot", system.random_hex(16)))
+    assert(state:safe_set("layout", stats.LAYOUT))
+  end
+  boot = state:get("boot")
+end
+
+--- How many workers live whose requests this memory does not count, since they began before it was made.
+function _M.strangers()
+  return system.count_living(cjson.decode(state:get("strangers")))
 end
 
 --- Key under which the moment of a waiting ramp's first request is kept.
@@ -150,17 +130,15 @@ end
 
 -- Gives every server of `new` a cell: its own from `old` (also when it had left and still has requests in flight),
 -- else a free one. A cell is freed when its server has left in an earlier table and nothing is in flight: the newer
--- table was seen after every pick that used the older one, so none can come any more, but from `former` workers, who
--- do not see it. Counts of a cell's former server are kept in `before`. Returns whether there was room, and the cells
--- whose ejections are to be forgotten: those of new and of forgiven servers.
+-- table was seen after every pick that used the older one, so none can come any more. Counts of a cell's former server
+-- are kept in `before`. Returns whether there was room, and the cells whose ejections are to be forgotten: those of new
+-- and of forgiven servers.
 local function assign_cells(new, old)
   local living = stats.living().slots
   local cells, forgiven = {}, {}
   new.free, new.left, new.next_cell = old.free, {}, old.next_cell
-  new.former = old.former and system.count_living(old.former) > 0 and old.former or nil
   for _, entry in ipairs(old.left) do
-    local kept_for_former = new.former and entry.upstream == _M.NOBODY
-    if not kept_for_former and stats.in_flight(entry.cell, living) == 0 then
+    if stats.in_flight(entry.cell, living) == 0 then
       table.insert(new.free, entry.cell)
     else
       cells[index_of(entry.upstream, entry.key)] = entry
@@ -234,14 +212,10 @@ local function assign_ramps(new, old, now)
 end
 
 --- Makes `document`, a valid table, the current one; `digest` names its text. The caller holds the lock, or is alone.
--- Returns true, or nil and "stale" (not newer than the current one), "full" (no room; the old table stays), "busy"
--- (this worker is of a former configuration and has no part in the tables any more).
+-- Returns true, or nil and "stale" (not newer than the current one), "full" (no room; the old table stays).
 -- The very table that is current already is taken as published.
 function _M.publish(document, digest)
   local old, number = _M.current()
-  if not old and number > 0 then
-    return nil, "busy"
-  end
   old = old or { revision = 0, upstreams = {}, free = {}, left = {}, next_cell = 0 }
   if document.revision == old.revision and digest == old.digest then
     -- A worker that was killed while it did this may have left it half done.

@@ -134,9 +134,9 @@ function _M.random_hex(bytes)
   return (raw:gsub(".", function(c) return string.format("%02x", c:byte()) end))
 end
 
---- Blocks this process for some milliseconds; only for start-up code, where nginx cannot yield.
-function _M.pause(milliseconds)
-  C.headgate_poll(nil, 0, milliseconds)
+--- Blocks this process for some seconds; only where nginx cannot yield.
+function _M.pause(seconds)
+  C.headgate_poll(nil, 0, seconds * 1000)
 end
 
 --- True while this process is `nginx -t`, which must leave the disk as it is.
