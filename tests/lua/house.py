@@ -183,6 +183,10 @@ class Edge:
     async def counters(self) -> Counters:
         return await self.plane.counters()
 
+    async def none_native(self) -> bool:
+        """Whether no request is in flight at a server that nginx does not know."""
+        return (await self.counters()).native == {"app": 0}
+
     async def peer(self, backend: Backend) -> PeerCounters:
         return (await self.plane.counters("app")).upstreams["app"][backend.key]
 

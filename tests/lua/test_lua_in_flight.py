@@ -296,10 +296,6 @@ async def test_requests_that_nginx_balanced_before_the_first_table_are_waited_fo
         for backend in app.backends:
             backend.release.set()
         assert {status for status, _ in await asyncio.gather(*held)} == {200}
-
-        async def none_native() -> bool:
-            return (await app.counters()).native == {"app": 0}
-
-        await eventually(none_native, "the native requests end")
+        await eventually(app.none_native, "the native requests end")
         await app.shares(4)
         assert (await app.counters()).native == {"app": 0}, "those that the table places are not counted here"

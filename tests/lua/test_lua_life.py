@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ from tests.lua.house import Edge, edge, eventually, server, table, warm_up
 from tests.support.nginx import MODULES, ROOT, Nginx, free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("lua_nginx")
-
-
-def no_native(app: Edge) -> Callable[[], Coroutine[None, None, bool]]:
-    """A condition: no request is in flight at a server that nobody knows."""
-
-    async def none() -> bool:
-        return (await app.counters()).native == {"app": 0}
-
-    return none
 
 
 def files(directory: Path) -> set[Path]:
@@ -168,7 +159,7 @@ async def test_a_drain_waits_for_what_was_in_flight_when_the_dict_of_tables_was_
             assert (await app.counters()).native == {"app": 1}
         first.release.set()
         assert await held == (200, str(first.port))
-        await eventually(no_native(app), "nothing is in flight")
+        await eventually(app.none_native, "nothing is in flight")
         assert app.nginx.errors() == []
 
 
@@ -185,7 +176,7 @@ async def test_an_old_worker_goes_on_with_its_table_when_the_dict_of_tables_was_
         for backend in app.backends:
             backend.release.set()
         assert await held == (200, str(second.port)), "the other server of the table that it has"
-        await eventually(no_native(app), "nothing is in flight")
+        await eventually(app.none_native, "nothing is in flight")
 
 
 def enlarge_both(app: Edge) -> list[int]:
@@ -214,17 +205,14 @@ async def test_a_drain_waits_for_workers_that_count_in_another_memory(how: Calla
         await app.publish([server(first.port, state="drain"), server(second.port)])
         assert set(await app.shares(6, one_shot=True)) == {second.port}
 
-        async def strangers() -> int:
-            return (await app.counters()).native["app"]
-
         async def one() -> bool:
-            return await strangers() == 1
+            return (await app.counters()).native == {"app": 1}
 
         await eventually(one, "the idle one of the old workers ends")
         first.release.set()
         assert await held == (200, str(first.port))
         await app.session.close()
-        await eventually(no_native(app), "the old workers have ended")
+        await eventually(app.none_native, "the old workers have ended")
         assert not set(old) & set(app.nginx.workers())
         assert app.nginx.errors() == []
 
