@@ -15,6 +15,7 @@ from controller.adapters.process import Processes
 from controller.core.policy import ProcessPolicy
 from controller.ports import Check, ProcessError, Trial
 from tests.support.gunicorn import WORKER_CLASSES, eventually, free_port, get, tcp
+from tests.support.nginx import wait_until
 
 BY_SOCKET = ProcessPolicy(start_timeout=15, margin=2)
 TRIAL = Trial(Check(path="/"), rise=1, limit=15)
@@ -112,11 +113,19 @@ async def test_an_upgrade_that_gunicorn_itself_cannot_do_ends_at_once(gunicorns,
 async def test_a_new_master_that_comes_and_goes_between_two_looks_is_missed_by_no_upgrade(
     gunicorns, processes, monkeypatch
 ):
-    monkeypatch.setattr(arbiter, "_POLL", 4.0)
     server = tcp(free_port())
     gunicorns.master(server.address, "--reuse-port")
     await get(server)
     old = await found(server)
+    signalled = arbiter._signal
+
+    def signal_and_stay_away(master, number):
+        before = psutil.Process(master.pid).children()
+        signalled(master, number)
+        wait_until(lambda: "ValueError" in gunicorns.printed(), "the new master fails", 60)
+        wait_until(lambda: psutil.Process(master.pid).children() == before, "the old one has seen its end")
+
+    monkeypatch.setattr(arbiter, "_signal", signal_and_stay_away)
     with pytest.raises(ProcessError, match="the new master ended before its workers accepted requests"):
         await processes.upgrade(server, old, ProcessPolicy(start_timeout=11), TRIAL)
     assert await get(server) == "200 done"
